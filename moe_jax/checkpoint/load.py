@@ -1,0 +1,116 @@
+"""Streaming a checkpoint into stacked weights, tensor by tensor."""
+
+import concurrent.futures
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ..config import ModelConfig
+from ..weights import Weights, nested, parameters
+from .layout import Piece, from_disk, pieces
+from .quantized import convert
+from .source import Checkpoint
+
+#: Steers the choice of experts by differences far below bfloat16's resolution.
+_KEEP_FLOAT32 = ("moe.selection_bias",)
+_THREADS = 4
+
+
+def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: Any) -> tuple[Weights, list[str]]:
+    """All parameters in `dtype`, and the names of tensors that were left out because the family ignores them.
+
+    Every stack is allocated once and filled in place, so that host memory holds the model, the stack in work and a
+    few single tensors. Raises `OSError` that names all missing, unexpected and misshapen tensors.
+    """
+    plan = list(pieces(config))
+    ignored = _check(checkpoint, config, plan)
+    by_parameter: dict[str, list[Piece]] = {}
+    for piece in plan:
+        by_parameter.setdefault(piece.parameter, []).append(piece)
+    shapes = parameters(config.architecture)
+    total = sum(int(np.prod(p.shape)) for p in shapes.values()) * np.dtype(dtype).itemsize
+    weights = {}
+    with (
+        concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
+        tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, leave=False) as bar,
+    ):
+        for name, parts in by_parameter.items():
+            kind = np.dtype(np.float32 if name in _KEEP_FLOAT32 else dtype)
+            weights[name] = _stack(checkpoint, parts, shapes[name].shape, kind, pool, bar)
+    return nested(weights), ignored
+
+
+def _check(checkpoint: Checkpoint, config: ModelConfig, plan: list[Piece]) -> list[str]:
+    """Compare names and shapes with what is on disk, before reading anything."""
+    found, wanted = checkpoint.tensors, {piece.name: piece.disk_shape for piece in plan}
+    missing = sorted(set(wanted) - set(found))
+    misshapen = sorted(
+        f"{name} {found[name].shape}, expected {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name].shape != shape
+    )
+    extra = sorted(set(found) - set(wanted))
+    ignored = [name for name in extra if _ignorable(name, config)]
+    extra = sorted(set(extra) - set(ignored))
+    problems = [
+        f"{what} ({len(names)}): {', '.join(names)}"
+        for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise OSError(f"{checkpoint.folder}: tensors do not fit {config!r}; " + "; ".join(problems))
+    return ignored
+
+
+def _ignorable(name: str, config: ModelConfig) -> bool:
+    name = name.removeprefix(config.family.prefix)
+    if any(re.fullmatch(pattern, name) for pattern in config.family.ignored):
+        return True
+    if config.architecture.tied and name == config.family.tensors["head.kernel"].name:
+        return True  # a copy of the embedding
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return bool(config.family.next_token_layers and layer and int(layer[1]) >= config.num_layers)
+
+
+def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar) -> jax.Array:
+    """One stacked parameter: on a CPU filled where it will stay, elsewhere layer by layer into a donated buffer."""
+
+    def fill(target: np.ndarray, piece: Piece, index: tuple[int, ...]) -> None:
+        share = from_disk(piece, checkpoint.read(piece.name))
+        target[index] = convert(share, dtype)
+        bar.update(share.size * dtype.itemsize)
+
+    if jax.default_backend() == "cpu":
+        host = _aligned(shape, dtype)
+        _all(pool.submit(fill, host, piece, piece.index) for piece in parts)
+        return jnp.asarray(host)
+    buffer = jnp.zeros(shape, dtype)
+    for layer in dict.fromkeys(piece.index[:1] for piece in parts):
+        host = np.empty(shape[len(layer) :], dtype)
+        _all(pool.submit(fill, host, p, p.index[1:]) for p in parts if p.index[:1] == layer)
+        buffer = _put(buffer, host, layer[0]) if layer else jnp.asarray(host)
+    return buffer
+
+
+def _all(futures: Iterable[concurrent.futures.Future]) -> None:
+    for future in list(futures):
+        future.result()
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised memory on a 64-byte boundary, which JAX on a CPU takes over without a copy."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(buffer, layer, index):
+    return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, 0)

@@ -1,0 +1,62 @@
+"""Stacked weights back into a checkpoint's tensors, in shards."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..config import ModelConfig
+from ..weights import Weights, flattened
+from .layout import Piece, pieces, to_disk
+from .safetensors import write_file
+
+
+def write_weights(folder: Path, config: ModelConfig, weights: Weights, max_shard_bytes: int) -> None:
+    """Write all tensors under the family's names, one at a time, in files of at most `max_shard_bytes`."""
+    flat = flattened(weights)
+    tensors: dict[str, list[Piece]] = {}
+    for piece in pieces(config):
+        tensors.setdefault(piece.name, []).append(piece)
+    shards = _shards(tensors, flat, max_shard_bytes)
+    _remove_old(folder)
+    if len(shards) == 1:
+        write_file(folder / "model.safetensors", shards[0], _arrays(shards[0], tensors, flat))
+        return
+    index = {}
+    for number, layout in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(folder / name, layout, _arrays(layout, tensors, flat))
+        index |= dict.fromkeys(layout, name)
+    size = sum(_nbytes(layout) for layout in shards)
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _nbytes(layout) -> int:
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout.values())
+
+
+def _shards(tensors, flat, limit):
+    shards, size = [{}], 0
+    for name, parts in tensors.items():
+        entry = (flat[parts[0].parameter].dtype, parts[0].disk_shape)
+        nbytes = _nbytes({name: entry})
+        if shards[-1] and size + nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += nbytes
+    return shards
+
+
+def _arrays(layout, tensors, flat) -> Iterator[np.ndarray]:
+    for name in layout:
+        yield to_disk([(piece, np.asarray(flat[piece.parameter][piece.index])) for piece in tensors[name]])
+
+
+def _remove_old(folder: Path) -> None:
+    """An earlier save's weights would be read in place of, or beside, the new ones."""
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()

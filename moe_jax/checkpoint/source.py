@@ -1,0 +1,118 @@
+"""A checkpoint folder as a flat collection of named tensors, quantised ones presented as what they stand for."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .quantized import widen_fp8, widen_mxfp4
+from .safetensors import TensorFile
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor's bytes lie and what they become: `kind` plain, mxfp4 or fp8; `shape` after widening."""
+
+    shape: tuple[int, ...]
+    kind: str
+    dtype: str
+    nbytes: int
+
+
+class Checkpoint:
+    """All tensors of a folder with `model.safetensors`, or shards with an index.
+
+    Opening reads headers only. Pickled weights (`.bin`, `.pt`) are never read. Raises `OSError` for files that are
+    missing, truncated or malformed, naming all of them; `ValueError` for a quantisation that is not supported.
+    """
+
+    def __init__(self, folder: str | Path, config: Mapping[str, Any] | None = None):
+        self.folder = Path(folder)
+        self.files = {name: TensorFile(self.folder / name) for name in self._file_names()}
+        self._where = {tensor: file for file in self.files.values() for tensor in file.entries}
+        self._check_index()
+        self._block = _fp8_block(config or {})
+        self.tensors = self._present()
+
+    def _file_names(self) -> list[str]:
+        if not self.folder.is_dir():
+            raise OSError(f"{self.folder}: no such folder")
+        index = self.folder / _INDEX
+        if not index.exists():
+            if (self.folder / _SINGLE).exists():
+                return [_SINGLE]
+            pickles = [p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+            hint = f" (there are pickled weights, {pickles[0]}, which are never read)" if pickles else ""
+            raise OSError(f"{self.folder}: neither {_SINGLE} nor {_INDEX}{hint}")
+        try:
+            self._index = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(self._index.values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OSError(f"{index}: malformed index ({error!r})") from error
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise OSError(f"{index}: names files outside the folder: {', '.join(outside)}")
+        missing = [name for name in names if not (self.folder / name).exists()]
+        if missing:
+            raise OSError(f"{self.folder}: shards named by the index are missing: {', '.join(missing)}")
+        return names
+
+    def _check_index(self) -> None:
+        index = getattr(self, "_index", {})
+        wrong = sorted(t for t, name in index.items() if t not in self.files[name].entries)
+        if wrong:
+            raise OSError(f"{self.folder}: shards lack tensors that the index puts there: {', '.join(wrong)}")
+
+    def _present(self) -> dict[str, Stored]:
+        tensors = {}
+        for name, file in self._where.items():
+            entry = file.entries[name]
+            base, _, last = name.rpartition(".")
+            if name.endswith("_scales") and name[:-7] + "_blocks" in self._where:
+                continue
+            if last == "weight_scale_inv":
+                continue
+            if name.endswith("_blocks") and name[:-7] + "_scales" in self._where:
+                experts, out, groups, half = entry.shape
+                tensors[name[:-7]] = Stored((experts, groups * half * 2, out), "mxfp4", "MXFP4", entry.nbytes)
+            elif entry.dtype.startswith("F8") and f"{base}.weight_scale_inv" in self._where:
+                tensors[name] = Stored(entry.shape, "fp8", entry.dtype, entry.nbytes)
+            else:
+                tensors[name] = Stored(entry.shape, "plain", entry.dtype, entry.nbytes)
+        return tensors
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, widened to float32 where it is stored quantised."""
+        kind = self.tensors[name].kind
+        if kind == "mxfp4":
+            return widen_mxfp4(self._raw(f"{name}_blocks"), self._raw(f"{name}_scales"))
+        if kind == "fp8":
+            scale = self._raw(name.removesuffix("weight") + "weight_scale_inv")
+            return widen_fp8(self._raw(name), scale, self._block)
+        return self._raw(name)
+
+    def _raw(self, name: str) -> np.ndarray:
+        return self._where[name].read(name)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+
+
+def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Block of a config's FP8 quantisation; any other quantisation than fp8 and mxfp4 is refused by name."""
+    quantization = config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    if method not in (None, "fp8", "mxfp4"):
+        raise ValueError(f"quantization_config: quant_method {method!r} is not supported; supported: fp8, mxfp4")
+    block = quantization.get("weight_block_size") or (128, 128)
+    if method == "fp8" and not quantization.get("weight_block_size"):
+        raise ValueError("quantization_config: fp8 without weight_block_size is not supported, only block-scaled fp8")
+    return tuple(block)

@@ -1,0 +1,169 @@
+"""The decoder as a pure function: embedding, layers that share compiled bodies, final norm, logits."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .attention import Span, Varying
+from .block import Choice, Place, RoutingRequest, block
+from .block_config import Architecture, LayerConfig
+from .cache import KVCache
+from .norm import norm
+from .rope import rotation
+from .weights import Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """`repeats` times the same sequence of layer kinds (`moe` or not), starting at layer `start`."""
+
+    start: int
+    moe: tuple[bool, ...]
+    repeats: int
+
+
+def segments(kinds: tuple[bool, ...]) -> tuple[Segment, ...]:
+    """Cut the layers into repeating periods, each to be compiled once: from each layer on, what repeats longest.
+
+    >>> [(s.start, s.moe, s.repeats) for s in segments((False, True, True, True))]
+    [(0, (False,), 1), (1, (True,), 3)]
+    >>> [(s.moe, s.repeats) for s in segments((False, True) * 3)]
+    [((False, True), 3)]
+    """
+    found, start = [], 0
+    while start < len(kinds):
+        best = Segment(start, kinds[start : start + 1], 1)
+        for period in range(1, (len(kinds) - start) // 2 + 1):
+            pattern = kinds[start : start + period]
+            repeats = 1
+            while kinds[start + repeats * period :][:period] == pattern:
+                repeats += 1
+            if repeats > 1 and repeats * period > best.repeats * len(best.moe):
+                best = Segment(start, pattern, repeats)
+        found.append(best)
+        start += best.repeats * len(best.moe)
+    return tuple(found)
+
+
+def varying(layers: tuple[LayerConfig, ...], index: Any) -> Varying:
+    """Layer `index`'s settings: plain values where all layers agree, else looked up in a small array."""
+    unlimited = 2**30  # farther than any position: the same as no window
+
+    def pick(values):
+        if len(set(values)) == 1:
+            return values[0]
+        if values[0] is None or isinstance(values[0], int) and not isinstance(values[0], bool) or None in values:
+            values = [unlimited if v is None else v for v in values]
+        return jnp.asarray(values)[index]
+
+    heat = [layer.temperature for layer in layers]
+    temperature = None
+    if any(h is not None for h in heat):
+        scale = jnp.asarray([0.0 if h is None else h[0] for h in heat], jnp.float32)[index]
+        floor = jnp.asarray([1.0 if h is None else h[1] for h in heat], jnp.float32)[index]
+        temperature = (scale, floor)
+    return Varying(
+        window=pick([layer.window for layer in layers]),
+        chunk=pick([layer.chunk for layer in layers]),
+        rotary=pick([layer.rotary for layer in layers]),
+        temperature=temperature,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What the layers did, stacked: residual stream before each layer `[L, B, T, D]`, router choices `[Lm, G, ...]`."""
+
+    hidden: Float[Array, "L B T D"] | None
+    choices: Choice | None
+
+
+def decode(
+    architecture: Architecture,
+    weights: Weights,
+    ids: Int[Array, "B T"],
+    span: Span,
+    cache: KVCache | None,
+    request: RoutingRequest,
+    trace: bool = False,
+) -> tuple[Float[Array, "B T D"], KVCache | None, Trace | None]:
+    """Run all layers on new tokens; returns the residual stream before the final norm.
+
+    With a cache (already `admit`ted), entries go to its last `T` columns. `trace` also returns what each layer did.
+    """
+    x = weights["embedding"][ids]
+    if architecture.embedding_scale != 1.0:
+        x = x * architecture.embedding_scale
+    entries = None if cache is None else cache.entries
+    column = 0 if cache is None else cache.used - ids.shape[1]
+    notes = _empty_trace(architecture, x) if trace else None
+    kinds = tuple(layer.moe for layer in architecture.layers)
+
+    def run(carry, segment, turn):
+        x, entries, notes = carry
+        for offset, moe in enumerate(segment.moe):
+            layer = segment.start + turn * len(segment.moe) + offset
+            before = sum(k == moe for k in kinds[: segment.start]) + sum(k == moe for k in segment.moe[:offset])
+            of_kind = before + turn * sum(k == moe for k in segment.moe)
+            place = Place(layer, of_kind, moe, varying(architecture.layers, layer))
+            stream = x
+            x, entries, choice = block(architecture.block, weights, x, place, span, entries, column, request)
+            if notes is not None:
+                notes = _note(notes, place, stream, choice)
+        return x, entries, notes
+
+    carry = (x, entries, notes)
+    for segment in segments(kinds):
+        if segment.repeats == 1:
+            carry = run(carry, segment, 0)
+        else:
+            carry = jax.lax.fori_loop(0, segment.repeats, lambda turn, c, s=segment: run(c, s, turn), carry)
+    x, entries, notes = carry
+    if cache is not None:
+        cache = dataclasses.replace(cache, entries=entries)
+    return x, cache, notes
+
+
+def _empty_trace(architecture: Architecture, x: Array) -> Trace:
+    router, layers = architecture.block.router, len(architecture.moe_layers)
+    rows = x.shape[0] * x.shape[1]
+    choices = None
+    if layers:
+        choices = Choice(
+            logits=jnp.zeros((layers, rows, router.num_experts), jnp.float32),
+            ids=jnp.zeros((layers, rows, router.top_k), jnp.int32),
+            weights=jnp.zeros((layers, rows, router.top_k), jnp.float32),
+        )
+    return Trace(jnp.zeros((len(architecture.layers), *x.shape), x.dtype), choices)
+
+
+def _note(trace: Trace, place: Place, stream: Array, choice: Choice | None) -> Trace:
+    hidden = trace.hidden.at[place.layer].set(stream)
+    if choice is None:
+        return Trace(hidden, trace.choices)
+    return Trace(hidden, jax.tree.map(lambda all, one: all.at[place.of_kind].set(one), trace.choices, choice))
+
+
+def make_span(architecture: Architecture, positions, key_positions, key_valid, length) -> Span:
+    """The span of new tokens at `positions`; `length`: tokens of the longest row (LongRoPE's switch)."""
+    rope = architecture.block.attention.rope
+    turn = None if rope is None else rotation(rope, positions, length)
+    return Span(positions, key_positions, key_valid, turn)
+
+
+def final(architecture: Architecture, weights: Weights, x: Float[Array, "*G D"]) -> Float[Array, "*G D"]:
+    """The final norm."""
+    return norm(architecture.block.norm, x, weights["final_norm"])
+
+
+def logits(architecture: Architecture, weights: Weights, normed: Float[Array, "*G D"]) -> Float[Array, "*G V"]:
+    """Float32 logits of normed hidden states."""
+    kernel = weights["embedding"] if architecture.tied else weights["head"]["kernel"]
+    y = jnp.einsum("...d,vd->...v", normed, kernel, preferred_element_type=jnp.float32)
+    if architecture.head_bias:
+        y = y + weights["head"]["bias"].astype(jnp.float32)
+    return y if architecture.logit_divisor == 1.0 else y / architecture.logit_divisor

@@ -1,0 +1,124 @@
+"""Pieces of architecture that many families share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..block_config import (
+    Architecture,
+    AttentionConfig,
+    BlockConfig,
+    LatentConfig,
+    LayerConfig,
+    MLPConfig,
+    NormConfig,
+    RouterConfig,
+)
+from ..rope import mla_score_factor, rope_config
+from .hub import Hub
+
+
+def decoder(hub: Hub, block: BlockConfig, layers: Sequence[LayerConfig], **options: Any) -> Architecture:
+    """The parts around the blocks, under the keys that every family uses."""
+    options.setdefault("tied", hub.bool("tie_word_embeddings", False))
+    return Architecture(
+        block=block,
+        layers=tuple(layers),
+        vocab_size=hub.int("vocab_size"),
+        context=hub.int("max_position_embeddings"),
+        **options,
+    )
+
+
+def rms_norm(hub: Hub, default: float, place: str = "pre") -> NormConfig:
+    """RMSNorm with the config's epsilon."""
+    return NormConfig(kind="rms", epsilon=hub.float("rms_norm_eps", default), place=place)
+
+
+def grouped_attention(
+    hub: Hub, *, theta: float = 10000.0, partial: float = 1.0, interleaved: bool = False, **options: Any
+) -> AttentionConfig:
+    """Attention with query, key, value and output projections; `options` override what the keys give."""
+    heads, head_dim = hub.int("num_attention_heads"), hub.head_dim()
+    fields = {
+        "num_heads": heads,
+        "num_kv_heads": hub.int("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "value_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "rope": hub.rope(head_dim, theta, partial, interleaved),
+        "norm_epsilon": hub.float("rms_norm_eps", 1e-6),
+    }
+    return AttentionConfig(**fields | options)
+
+
+def latent_attention(hub: Hub, interleaved: bool) -> AttentionConfig:
+    """DeepSeek's multi-head latent attention."""
+    heads, bias = hub.int("num_attention_heads"), hub.bool("attention_bias", False)
+    plain, rotary = hub.int("qk_nope_head_dim", 128), hub.int("qk_rope_head_dim", 64)
+    hub.require("num_key_value_heads", heads)
+    hub.ignore("head_dim", "qk_head_dim")  # written by transformers, derived from the two above
+    settings = hub.rope_settings()
+    return AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=plain + rotary,
+        value_dim=hub.int("v_head_dim", 128),
+        scale=(plain + rotary) ** -0.5 * mla_score_factor(settings),
+        rope=rope_config(settings, rotary, hub.int("max_position_embeddings"), interleaved),
+        qkv_bias=bias,
+        out_bias=bias,
+        latent=LatentConfig(
+            query_rank=hub.int("q_lora_rank", None),
+            rank=hub.int("kv_lora_rank"),
+            plain_dim=plain,
+            rotary_dim=rotary,
+        ),
+    )
+
+
+def bias_steered_router(hub: Hub, renormalize: bool) -> RouterConfig:
+    """DeepSeek-V3's gate (arXiv:2412.19437): sigmoid scores, a correction bias that steers the choice, groups."""
+    hub.require("scoring_func", "sigmoid", "noaux_tc")
+    hub.require("topk_method", "noaux_tc")
+    return RouterConfig(
+        num_experts=hub.first("n_routed_experts", "num_local_experts", "num_experts"),
+        top_k=hub.int("num_experts_per_tok"),
+        score="sigmoid",
+        renormalize=hub.bool("norm_topk_prob", renormalize),
+        groups=hub.int("n_group", 1),
+        top_groups=hub.int("topk_group", 1),
+        scale=hub.float("routed_scaling_factor", 1.0),
+        selection_bias=True,
+    )
+
+
+def shared_experts(hub: Hub, hidden: int, default: int | None, **options: Any) -> MLPConfig | None:
+    """`n_shared_experts` experts that every token takes, as one wide MLP."""
+    count = hub.int("n_shared_experts", default) or 0
+    return MLPConfig(hidden=hidden * count, activation=hub.activation(), **options) if count else None
+
+
+def first_dense(hub: Hub, default: int) -> list[bool]:
+    """Which layers are MoE layers where the first `first_k_dense_replace` are dense."""
+    hub.require("moe_layer_freq", 1)
+    count = hub.int("first_k_dense_replace", default)
+    return [i >= count for i in range(hub.int("num_hidden_layers"))]
+
+
+def every_nth(hub: Hub) -> list[bool]:
+    """Which layers are MoE layers under Qwen's `decoder_sparse_step` and `mlp_only_layers`."""
+    step, dense = hub.int("decoder_sparse_step", 1), hub.get("mlp_only_layers", [])
+    return [i not in dense and (i + 1) % step == 0 for i in range(hub.int("num_hidden_layers"))]
+
+
+def windows(hub: Hub, window: int | None, sliding: Sequence[bool]) -> list[int | None]:
+    """Each layer's window: from `layer_types` where given, else the layers marked in `sliding`."""
+    types = hub.get("layer_types", None)
+    if types is None:
+        return [window if slides else None for slides in sliding]
+    known = {"full_attention": False, "sliding_attention": True}
+    if len(types) != len(sliding) or not set(types) <= set(known):
+        raise ValueError(f"{hub.family}: layer_types {types} do not fit {len(sliding)} layers of {sorted(known)}")
+    if window is None and any(known[t] for t in types):
+        raise ValueError(f"{hub.family}: layer_types has sliding_attention but sliding_window is not set")
+    return [window if known[t] else None for t in types]

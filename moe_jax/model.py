@@ -1,0 +1,214 @@
+"""`Model`: a decoder with its weights; what `load_pretrained` returns and `generate` takes."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dims import Array as AnyArray
+
+from . import decoder
+from .block import RoutingRequest
+from .block_config import Architecture
+from .config import ModelConfig
+from .weights import Weights, nested, parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a forward pass did.
+
+    `logits [B, T, V]` float32; `hidden_states [L+1, B, T, D]`, the embedding first, each layer's output, the last one
+    after the final norm. One entry per MoE layer, in order: `router_logits [B, T, E]` float32, `expert_ids
+    [B, T, A]` in the smallest signed integer type that holds them, ascending (-1: padding, no expert ran),
+    `expert_weights [B, T, A]` float32 in the same order.
+    """
+
+    logits: Float[Array, "B T V"]
+    hidden_states: Float[Array, "L B T D"]
+    router_logits: tuple[Float[Array, "B T E"], ...]
+    expert_ids: tuple[Int[Array, "B T A"], ...]
+    expert_weights: tuple[Float[Array, "B T A"], ...]
+
+
+class Model(nnx.Module):
+    """A causal language model: frozen configuration and weights.
+
+    `weights` is a nested dictionary of `nnx.Param`s with all layers of a kind stacked along the first axis (see
+    `moe_jax.weights.parameters`). Calling it runs one full forward pass:
+
+    >>> model = Model.initialize(tiny_config(), seed=0)
+    >>> model([[1, 2, 3]]).shape
+    (1, 3, 96)
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        generation: Mapping[str, Any] | None = None,
+        implementation: str | Mapping[str, str] | None = None,
+    ):
+        self.config = config
+        self.weights = nnx.data(jax.tree.map(nnx.Param, weights))
+        self.generation = dict(generation or {})
+        self.implementation = _implementation(implementation)
+
+    @classmethod
+    def initialize(cls, config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32, **options: Any) -> "Model":
+        """A model with random weights: normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases 0."""
+        table = parameters(config.architecture)
+        keys = jax.random.split(jax.random.key(seed), len(table))
+        made = {name: _draw(key, name, p.shape, dtype) for key, (name, p) in zip(keys, table.items(), strict=True)}
+        return cls(config, nested(made), **options)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the configuration describes."""
+        return self.config.architecture
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of weights and hidden states."""
+        return self.weights["embedding"][...].dtype
+
+    def arrays(self) -> Weights:
+        """The weights as plain arrays, the form that the pure functions take."""
+        return jax.tree.map(lambda p: p[...], self.weights, is_leaf=lambda p: isinstance(p, nnx.Variable))
+
+    def __call__(
+        self,
+        input_ids: Int[AnyArray, "B T"] | Sequence[Sequence[int]],
+        attention_mask: Int[AnyArray, "B T"] | None = None,
+        return_record: bool = False,
+        routing: "Record | Sequence[AnyArray] | None" = None,
+    ) -> Float[Array, "B T V"] | Record:
+        """Logits of every position.
+
+        Args: `input_ids` int `[B, T]`; `attention_mask` `[B, T]`, 1 for real tokens, padding on either side;
+        `return_record`: return a `Record` of logits, hidden states and routing; `routing`: a record (or its
+        `expert_ids`) whose choices are forced, weighed by this model's own scores.
+        Returns float32 `[B, T, V]`; what stands at padded positions means nothing.
+        Raises `ValueError` for ids outside the vocabulary, more tokens than the context, masks and routing that do
+        not fit.
+        """
+        ids, mask = check_inputs(self.config, input_ids, attention_mask)
+        forced = forced_ids(self.architecture, routing, ids.shape)
+        out = _forward(self.architecture, self.implementation, return_record, self.arrays(), ids, mask, forced)
+        return _as_record(self.architecture, *out) if return_record else out[0]
+
+
+def tiny_config() -> ModelConfig:
+    """A two-layer Mixtral of a few thousand parameters, for examples and tests."""
+    values = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return ModelConfig.from_dict({"model_type": "mixtral", "max_position_embeddings": 128} | values)
+
+
+def _implementation(given: str | Mapping[str, str] | None) -> str | None:
+    if given is None or isinstance(given, str):
+        return given
+    unknown = sorted(set(given) - {"routed_mlp"})
+    if unknown:
+        raise ValueError(f"implementation: unknown operations {', '.join(unknown)}; there is: routed_mlp")
+    return given.get("routed_mlp")
+
+
+def _draw(key, name, shape, dtype):
+    leaf = name.rsplit(".", 1)[-1]
+    if "bias" in leaf or leaf == "sinks":
+        return jnp.zeros(shape, dtype)
+    if "norm" in name:
+        return jnp.ones(shape, dtype)
+    fan_in = shape[-1] if name in ("embedding", "head.kernel", "shared.scale") else shape[-2]
+    if name.startswith("attention."):
+        fan_in = int(np.prod(shape[1:-1])) if leaf == "o" else shape[1]
+    return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+
+def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, new_tokens: int = 0):
+    """Ids and mask as checked NumPy arrays `[B, T]`, before anything is computed (JAX would clamp ids silently)."""
+    architecture = config.architecture
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError:
+        raise ValueError("input_ids: rows differ in length; pad them and pass attention_mask") from None
+    if ids.ndim != 2 or ids.size == 0:
+        raise ValueError(f"input_ids: expected a non-empty [B, T] array, got shape {ids.shape}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"input_ids: expected integers, got {ids.dtype}")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask)
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: shape {mask.shape}, expected that of input_ids, {ids.shape}")
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError("attention_mask: values other than 0 and 1")
+    mask = mask.astype(bool)
+    if not mask.any(1).all():
+        raise ValueError(f"attention_mask: row {int(np.argmin(mask.any(1)))} has no token")
+    real = ids[mask]
+    if real.min() < 0 or real.max() >= architecture.vocab_size:
+        bad = real[(real < 0) | (real >= architecture.vocab_size)][0]
+        raise ValueError(f"input_ids: {bad} is outside the vocabulary of {architecture.vocab_size}")
+    longest = int(mask.sum(1).max())
+    if longest + new_tokens > architecture.context:
+        beside = f" and {new_tokens} new ones" if new_tokens else ""
+        raise ValueError(f"input_ids: {longest} tokens{beside} exceed the model's context of {architecture.context}")
+    return np.where(mask, ids, 0).astype(np.int32), mask
+
+
+def forced_ids(architecture: Architecture, routing: Any, shape: tuple[int, int]) -> np.ndarray | None:
+    """Forced choices as int32 `[Lm, B, T, A]`, or None."""
+    if routing is None:
+        return None
+    routing = getattr(routing, "expert_ids", routing)
+    router, count = architecture.block.router, len(architecture.moe_layers)
+    want = (*shape, router.top_k) if router else None
+    if len(routing) != count or any(np.shape(layer) != want for layer in routing):
+        got = [np.shape(layer) for layer in routing]
+        raise ValueError(f"routing: expected {count} arrays (one per MoE layer) of shape {want}, got {got}")
+    forced = np.stack([np.asarray(layer, np.int32) for layer in routing])
+    if forced.max(initial=-1) >= router.num_experts:
+        raise ValueError(f"routing: expert {forced.max()} of {router.num_experts}")
+    return forced
+
+
+def id_dtype(num_experts: int) -> Any:
+    """The smallest signed integer type for expert ids and -1."""
+    return jnp.int8 if num_experts <= 127 else jnp.int16
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _forward(architecture, implementation, trace, weights, ids, mask, forced):
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
+    span = decoder.make_span(architecture, positions, positions, mask, positions.max() + 1)
+    request = RoutingRequest(mask, forced, implementation)
+    x, _, notes = decoder.decode(architecture, weights, ids, span, None, request, trace)
+    normed = decoder.final(architecture, weights, x)
+    return decoder.logits(architecture, weights, normed), normed, notes
+
+
+def ascending(ids: Array, weights: Array, num_experts: int) -> tuple[Array, Array]:
+    """Choices in ascending order of expert id, ids in their small type: records of two runs compare as they are."""
+    order = jnp.argsort(ids, axis=-1)
+    ids, weights = (jnp.take_along_axis(a, order, axis=-1) for a in (ids, weights))
+    return ids.astype(id_dtype(num_experts)), weights
+
+
+def _as_record(architecture: Architecture, logits, normed, trace) -> Record:
+    shape = logits.shape[:2]
+    hidden = jnp.concatenate([trace.hidden, normed[None]])
+    if trace.choices is None:
+        return Record(logits, hidden, (), (), ())
+    router = architecture.block.router
+    ids, weights = ascending(trace.choices.ids, trace.choices.weights, router.num_experts)
+
+    def per_layer(stack):
+        return tuple(layer.reshape(*shape, -1) for layer in stack)
+
+    return Record(logits, hidden, per_layer(trace.choices.logits), per_layer(ids), per_layer(weights))

@@ -1,0 +1,97 @@
+"""`load_pretrained` and `save_pretrained`: whole models from and to Hugging Face folders."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .checkpoint.hub import resolve
+from .checkpoint.load import load_weights
+from .checkpoint.save import write_weights
+from .checkpoint.source import Checkpoint
+from .config import ModelConfig
+from .model import Model
+
+_log = logging.getLogger(__name__)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_pretrained(
+    path_or_id: str | os.PathLike,
+    dtype: Any = "auto",
+    mesh: Any = None,
+    implementation: str | Mapping[str, str] | None = None,
+) -> Model:
+    """Load a model from a folder with `config.json` and safetensors, or from the hub by id.
+
+    Args: `dtype`: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU. `mesh`: None; sharded
+    loading is not there yet. `implementation`: name of the expert MLP's implementation, or a mapping from operation
+    to name. FP8 block-scaled and MXFP4 tensors are widened while they are read.
+    Raises `ValueError` for an unsupported family, config key or quantisation; `OSError` for files that are missing,
+    truncated or do not fit the config, naming all tensors concerned.
+
+    >>> import tempfile
+    >>> from moe_jax.model import Model, tiny_config
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(Model.initialize(tiny_config()), folder)
+    ...     load_pretrained(folder).config.num_layers
+    2
+    """
+    if mesh is not None:
+        raise ValueError("mesh: sharded loading is not supported yet; load without a mesh")
+    dtype = _dtype(dtype)
+    folder = resolve(path_or_id)
+    config = ModelConfig.from_json_file(folder / "config.json")
+    checkpoint = Checkpoint(folder, config.text if "quantization_config" in config.text else config.hub)
+    try:
+        weights, ignored = load_weights(checkpoint, config, dtype)
+    finally:
+        checkpoint.close()
+    if ignored:
+        _log.info("%s: %d tensors are not needed: %s", folder, len(ignored), ", ".join(ignored))
+    generation = folder / "generation_config.json"
+    settings = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else None
+    return Model(config, weights, settings, implementation)
+
+
+def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a model in the Hugging Face layout of its family: safetensors, `config.json`, generation settings.
+
+    Tensors keep the model's dtype, so that loading them again gives equal weights; transformers reads the folder
+    too. Files appear under their names when they are whole. Raises `OSError` if the folder cannot be written.
+
+    >>> import tempfile
+    >>> from moe_jax.model import Model, tiny_config
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(Model.initialize(tiny_config()), folder)
+    ...     sorted(p.name for p in Path(folder).iterdir())
+    ['config.json', 'generation_config.json', 'model.safetensors']
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(folder, model.config, model.arrays(), max_shard_bytes)
+    hub = model.config.to_dict()
+    for values in (hub, hub.get(model.config.family.nested_config or "", {})):
+        values.pop("quantization_config", None)  # tensors are written widened
+        values.pop("dtype", None)
+        if values:
+            values["torch_dtype"] = str(model.dtype)
+    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(model.generation, indent=2) + "\n", encoding="utf-8")
+
+
+def _dtype(dtype: Any) -> jnp.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}") from None
+    if found.name not in _DTYPES:
+        raise ValueError(f"dtype: {found.name} is not one of auto, {', '.join(_DTYPES)}")
+    return found

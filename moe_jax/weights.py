@@ -1,0 +1,140 @@
+"""Which parameters an architecture has, under which names, in which shapes."""
+
+import dataclasses
+from typing import Any
+
+from .block_config import Architecture, AttentionConfig, BlockConfig, MLPConfig
+
+#: Nested dictionary of arrays: `tree["attention"]["q"]` is the parameter "attention.q".
+Weights = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """Shape of one parameter. `layers`: which model layers its leading axis holds (None: it belongs to no layer).
+
+    `experts`: length of the expert axis behind the layer axis, 0 without.
+    """
+
+    shape: tuple[int, ...]
+    layers: tuple[int, ...] | None = None
+    experts: int = 0
+
+
+def parameters(architecture: Architecture) -> dict[str, Parameter]:
+    """Every parameter by its dotted name, layers of a kind stacked along the first axis.
+
+    Attention and norms hold all layers, `dense` the dense ones, `moe` and `shared` the MoE layers. Kernels are
+    `[in, out]`; attention keeps heads apart: `q [L, D, N, H]`, `o [L, N, Hv, D]`.
+    """
+    block, width, vocab = architecture.block, architecture.block.width, architecture.vocab_size
+    table = {"embedding": Parameter((vocab, width))}
+    every = tuple(range(len(architecture.layers)))
+    _stack(table, every, {f"attention.{k}": v for k, v in _attention(block.attention, width).items()})
+    for norm in ("attention_norm", "mlp_norm"):
+        _stack(table, every, {f"{norm}.{k}": v for k, v in _norm(block).items()})
+    if architecture.dense_layers:
+        shapes = _mlp(block.dense, width)
+        _stack(table, architecture.dense_layers, {f"dense.{k}": v for k, v in shapes.items()})
+    if architecture.moe_layers:
+        _moe(table, block, architecture.moe_layers)
+    table |= {f"final_norm.{k}": Parameter(v) for k, v in _norm(block).items()}
+    if not architecture.tied:
+        table["head.kernel"] = Parameter((vocab, width))
+    if architecture.head_bias:
+        table["head.bias"] = Parameter((vocab,))
+    return table
+
+
+def _stack(table, layers, shapes, experts=0):
+    lead = (len(layers), experts) if experts else (len(layers),)
+    table |= {name: Parameter((*lead, *shape), layers, experts) for name, shape in shapes.items()}
+
+
+def _norm(block: BlockConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {"scale": (block.width,)}
+    return shapes | ({"bias": (block.width,)} if block.norm.kind == "layer" else {})
+
+
+def _mlp(mlp: MLPConfig, width: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"up": (width, mlp.hidden), "down": (mlp.hidden, width)}
+    if mlp.activation.gated:
+        shapes["gate"] = shapes["up"]
+    if mlp.bias:
+        shapes |= {f"{name}_bias": shape[-1:] for name, shape in shapes.items()}
+    return shapes
+
+
+def _moe(table: dict[str, Parameter], block: BlockConfig, layers: tuple[int, ...]) -> None:
+    router = block.router
+    per_layer = {"moe.router": (block.width, router.num_experts)}
+    if router.logit_bias:
+        per_layer["moe.router_bias"] = (router.num_experts,)
+    if router.selection_bias:
+        per_layer["moe.selection_bias"] = (router.num_experts,)
+    if block.shared is not None:
+        per_layer |= {f"shared.{k}": v for k, v in _mlp(block.shared, block.width).items()}
+    if block.shared_gate:
+        per_layer["shared.scale"] = (block.width,)
+    _stack(table, layers, per_layer)
+    experts = {f"moe.{k}": v for k, v in _mlp(block.experts, block.width).items()}
+    _stack(table, layers, experts, router.num_experts)
+
+
+def _attention(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]]:
+    heads, kv_heads, head, value = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
+    shapes = {"o": (heads, value, width)}
+    if config.out_bias:
+        shapes["o_bias"] = (width,)
+    if config.sinks:
+        shapes["sinks"] = (heads,)
+    if config.latent is not None:
+        return shapes | _latent(config, width)
+    shapes |= {"q": (width, heads, head), "k": (width, kv_heads, head), "v": (width, kv_heads, value)}
+    if config.qkv_bias:
+        shapes |= {f"{name}_bias": shapes[name][1:] for name in "qkv"}
+    if config.qk_norm == "head":
+        shapes |= {"q_norm": (head,), "k_norm": (head,)}
+    elif config.qk_norm == "full":
+        shapes |= {"q_norm": (heads, head), "k_norm": (kv_heads, head)}
+    return shapes
+
+
+def _latent(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]]:
+    latent, heads = config.latent, config.num_heads
+    shapes = {
+        "kv_down": (width, latent.rank + latent.rotary_dim),
+        "kv_latent_norm": (latent.rank,),
+        "kv_up": (latent.rank, heads, latent.plain_dim + config.value_dim),
+    }
+    if config.qkv_bias:
+        shapes["kv_down_bias"] = (latent.rank + latent.rotary_dim,)
+    if latent.query_rank is None:
+        return shapes | {"q": (width, heads, config.head_dim)}
+    shapes |= {"q_down": (width, latent.query_rank), "q_latent_norm": (latent.query_rank,)}
+    if config.qkv_bias:
+        shapes["q_down_bias"] = (latent.query_rank,)
+    return shapes | {"q_up": (latent.query_rank, heads, config.head_dim)}
+
+
+def nested(flat: dict[str, Any]) -> Weights:
+    """Dotted names to a nested dictionary; "embedding" stays at the top."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, leaf = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[leaf] = value
+    return tree
+
+
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The inverse of `nested`."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,130 @@
+"""The expert MLP operation: signatures, checks and choice of implementation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..dims import Array as AnyArray
+from ..experts import Experts
+from ..plan import Plan
+from ..registry import Operation
+from ..routing import route
+from . import xla_capacity, xla_ragged, xla_tiles
+
+OPERATION = Operation("routed_mlp", {"xla_tiles": xla_tiles.routed_mlp, "xla_ragged": xla_ragged.routed_mlp})
+
+
+def routed_mlp(
+    x: Float[AnyArray, "G D"],
+    ids: Int[AnyArray, "G A"],
+    weights: Float[AnyArray, "G A"],
+    experts: Experts,
+    *,
+    plan: Plan | None = None,
+    layer: int | Int[AnyArray, ""] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "G D"]:
+    """`y[g] = sum over a of weights[g, a] * expert[ids[g, a]](x[g])`, without dropping.
+
+    Args: `x` `[G, D]`, `ids` int `[G, A]` (an id outside `[0, E)` takes no time and adds nothing, whatever its
+    weight), `weights` `[G, A]` (summed up in float32), `experts` one layer's, or a stack `[L, E, ...]` addressed by
+    the integer `layer`, which may be traced: the stack is never sliced by layer. `plan`: the plan of these ids, if
+    the caller has one. `implementation`: `xla_tiles` (default; a loop over the tiles of the plan, differentiable) or
+    `xla_ragged` (`jax.lax.ragged_dot`).
+    Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other.
+
+    >>> import jax.numpy as jnp
+    >>> eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
+    >>> doubling = Experts(up=eye, down=2 * eye, activation="relu")
+    >>> routed_mlp(jnp.ones((1, 4)), jnp.array([[0, 7]]), jnp.array([[0.5, 0.5]]), doubling).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
+    """
+    x, ids, weights = jnp.asarray(x), jnp.asarray(ids, jnp.int32), jnp.asarray(weights)
+    _check(x, ids, weights, experts, plan)
+    if experts.stacked != (layer is not None):
+        need = "needs" if experts.stacked else "takes no"
+        raise ValueError(f"layer: experts of shape {experts.up.shape} {need} layer index, got {layer}")
+    if x.shape[0] == 0 or ids.shape[1] == 0:
+        return jnp.zeros_like(x)
+    first = 0 if layer is None else jnp.asarray(layer, jnp.int32) * experts.num_experts
+    run = OPERATION.choose(implementation)
+    with jax.named_scope("expert_mlp"):
+        return run(x, ids, weights, experts, plan, first)
+
+
+def moe_block(
+    x: Float[AnyArray, "G D"],
+    router_weight: Float[AnyArray, "D E"],
+    experts: Experts,
+    k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    implementation: str | None = None,
+) -> Float[Array, "G D"]:
+    """Router product, routing, experts and combine in one call.
+
+    Args: `x` `[G, D]`, `router_weight` `[D, E]` (logits accumulate in float32), `experts` one layer's; `k`, `score`,
+    `renormalize` as in `route`, `implementation` as in `routed_mlp`. Returns `[G, D]` in x's dtype.
+
+    >>> import jax.numpy as jnp
+    >>> eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
+    >>> moe_block(jnp.ones((1, 4)), jnp.zeros((4, 2)), Experts(up=eye, down=eye, activation="relu"), 2).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
+    """
+    if router_weight.shape != (x.shape[1], experts.num_experts):
+        raise ValueError(f"router_weight: shape {router_weight.shape}, expected {(x.shape[1], experts.num_experts)}")
+    logits = jnp.matmul(x, router_weight, preferred_element_type=jnp.float32)
+    ids, weights, _ = route(logits, k, score, renormalize)
+    return routed_mlp(x, ids, weights, experts, implementation=implementation)
+
+
+def capacity_mlp(
+    x: Float[AnyArray, "G D"],
+    ids: Int[AnyArray, "G A"],
+    weights: Float[AnyArray, "G A"],
+    position: Int[AnyArray, "G A"],
+    experts: Experts,
+    *,
+    capacity: int,
+) -> Float[Array, "G D"]:
+    """`routed_mlp` through `capacity` slots per expert: static shapes, one batched product over all experts.
+
+    `position` `[G, A]` is each choice's slot in its expert; a choice at or beyond `capacity` (or with an id outside
+    `[0, E)`) is dropped: it adds nothing. Rows move by gather and scatter, so that a NaN row stays alone. Costs
+    `E * capacity` rows whatever the routing. Method: GShard (arXiv:2006.16668), without its one-hot products.
+
+    >>> import jax.numpy as jnp
+    >>> eye = jnp.broadcast_to(jnp.eye(2), (1, 2, 2))
+    >>> experts = Experts(up=eye, down=eye, activation="relu")
+    >>> one = jnp.zeros((2, 1), int)
+    >>> capacity_mlp(jnp.ones((2, 2)), one, one + 1.0, jnp.array([[0], [1]]), experts, capacity=1).tolist()
+    [[1.0, 1.0], [0.0, 0.0]]
+    """
+    x, ids, weights = jnp.asarray(x), jnp.asarray(ids, jnp.int32), jnp.asarray(weights)
+    _check(x, ids, weights, experts, None)
+    if experts.stacked or capacity < 1 or position.shape != ids.shape:
+        raise ValueError(
+            f"capacity_mlp takes one layer's experts, capacity >= 1 and a position per choice; got experts "
+            f"{experts.up.shape}, capacity {capacity}, position {position.shape} for ids {ids.shape}"
+        )
+    with jax.named_scope("expert_mlp"):
+        return xla_capacity.capacity_mlp(x, ids, weights, jnp.asarray(position), experts, capacity)
+
+
+def prepare(experts: Experts, implementation: str | None = None) -> Experts:
+    """The same experts in the storage that `implementation` prefers; made once, when a model is loaded.
+
+    The XLA implementations read the plain layout, so this returns `experts` itself.
+    """
+    OPERATION.choose(implementation)
+    return experts
+
+
+def _check(x, ids, weights, experts, plan):
+    if x.ndim != 2 or x.shape[1] != experts.width:
+        raise ValueError(f"x: shape {x.shape}, expected [G, {experts.width}] for experts of shape {experts.up.shape}")
+    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
+        raise ValueError(f"ids and weights: shapes {ids.shape} and {weights.shape}, expected [{x.shape[0]}, A] both")
+    if plan is not None and plan.slot.shape != ids.shape:
+        raise ValueError(f"plan: made for ids of shape {plan.slot.shape}, got {ids.shape}")

@@ -1,0 +1,37 @@
+"""The plain expert MLP: every expert on every token. For tests and for reading; nothing runs it by default."""
+
+import jax
+import jax.numpy as jnp
+
+from ..experts import Experts
+
+
+def expert(x: jax.Array, weights: Experts) -> jax.Array:
+    """One expert (`weights` without expert axis) on rows `x [rows, D]`; products accumulate in float32."""
+    up = _product(x, weights.up, weights.up_bias)
+    gate = None if weights.gate is None else _product(x, weights.gate, weights.gate_bias)
+    hidden = weights.activation(gate, up).astype(x.dtype)
+    return _product(hidden, weights.down, weights.down_bias).astype(x.dtype)
+
+
+def _product(x, kernel, bias):
+    y = jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return y if bias is None else y + bias
+
+
+def combine(rows: jax.Array, slot: jax.Array, weights: jax.Array, dtype) -> jax.Array:
+    """`sum over a of weights[g, a] * rows[slot[g, a]]` in float32, in the order of `a`; no row for a sentinel slot."""
+    taken = rows.at[slot].get(mode="fill", fill_value=0)
+    weights = jnp.where(slot < rows.shape[0], weights, 0)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return jnp.einsum("gad,ga->gd", taken.astype(wide), weights.astype(wide)).astype(dtype)
+
+
+def routed_mlp(x, ids, weights, experts, plan, first):
+    """See `api.routed_mlp`."""
+    del plan
+    layer = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, experts.num_experts), experts.flat())
+    outputs = jax.vmap(expert, in_axes=(None, 0))(x, layer)
+    tokens, num = x.shape[0], experts.num_experts
+    slot = jnp.where((ids >= 0) & (ids < num), ids * tokens + jnp.arange(tokens)[:, None], num * tokens)
+    return combine(outputs.reshape(num * tokens, -1), slot, weights, x.dtype)

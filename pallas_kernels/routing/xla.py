@@ -1,0 +1,53 @@
+"""Routing in plain XLA."""
+
+import jax
+import jax.numpy as jnp
+
+
+def route(logits, k, score, renormalize, bias, groups, top_groups, scale, jitter, forced):
+    """See `api.route`."""
+    logits = jnp.asarray(logits).astype(jnp.float32)
+    if score == "sparsemixer":
+        ids, weights = _sparsemixer(logits, jitter, forced)
+    else:
+        scores = jax.nn.softmax(logits, axis=-1) if score == "softmax" else jax.nn.sigmoid(logits)
+        ranked = scores if bias is None else scores + bias.astype(jnp.float32)
+        if groups > 1:
+            ranked = _keep_best_groups(ranked, groups, top_groups, best=1 if score == "softmax" else 2)
+        _, ids = jax.lax.top_k(ranked, k)
+        ids = ids if forced is None else jnp.where(forced >= 0, forced, ids)
+        weights = jnp.take_along_axis(scores, ids, axis=-1)
+        if renormalize:
+            weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), _TINY)
+        weights = weights * scale
+    counts = jnp.zeros(logits.shape[1], jnp.int32).at[ids.reshape(-1)].add(1)
+    return ids, weights, counts
+
+
+# Guards the division where every chosen score underflows; far below any sum that can be told from zero.
+_TINY = 1e-20
+
+
+def _keep_best_groups(ranked, groups, top_groups, best):
+    """Minus infinity outside the `top_groups` groups whose `best` highest entries sum highest."""
+    grouped = ranked.reshape(ranked.shape[0], groups, -1)
+    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
+    _, kept = jax.lax.top_k(group_scores, top_groups)
+    keep = jnp.zeros(group_scores.shape, bool).at[jnp.arange(ranked.shape[0])[:, None], kept].set(True)
+    return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(ranked.shape)
+
+
+def _sparsemixer(logits, jitter, forced):
+    """Two passes of: take the best, weigh it by a softmax over those not much worse; then take it out."""
+    ids, weights, left = [], [], logits
+    for turn in range(2):
+        best = left.max(-1, keepdims=True)
+        chosen = left.argmax(-1)[:, None]
+        if forced is not None:
+            chosen = jnp.where(forced[:, turn, None] >= 0, forced[:, turn, None], chosen)
+        margin = (best - logits) / jnp.maximum(jnp.abs(logits), best)
+        near = jnp.where(margin > 2 * jitter, -jnp.inf, left)
+        ids.append(chosen)
+        weights.append(jnp.take_along_axis(jax.nn.softmax(near, axis=-1), chosen, axis=-1))
+        left = jnp.where(jnp.arange(logits.shape[1]) == chosen, -jnp.inf, left)
+    return jnp.concatenate(ids, -1).astype(jnp.int32), jnp.concatenate(weights, -1)
