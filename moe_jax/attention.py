@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .block_config import AttentionConfig
+from .linear import linear
 from .norm import rms_norm
 from .rope import rotate
 
@@ -59,7 +60,7 @@ def project(config: AttentionConfig, weights: Weights, x: Float[Array, "B T D"],
     """Queries `[B, T, N, H]` and the new cache entries of `x`, normed and rotated."""
     if config.latent is not None:
         return _project_latent(config, weights, x, span)
-    q, k, v = (_linear(x, weights[name], weights.get(f"{name}_bias")) for name in "qkv")
+    q, k, v = (linear(x, weights[name], weights.get(f"{name}_bias")) for name in "qkv")
     if not config.norm_after_rope:
         q, k = _qk_norm(config, weights, q, k, varying)
     if config.clip is not None:
@@ -72,12 +73,6 @@ def project(config: AttentionConfig, weights: Weights, x: Float[Array, "B T D"],
         heat = 1 + scale * jnp.log1p(jnp.floor((span.positions + 1.0) / floor))
         q = (q * heat[..., None, None]).astype(q.dtype)
     return q, {"k": k, "v": v}
-
-
-def _linear(x, kernel, bias):
-    """`x [B, T, D]` times `kernel [D, heads, H]`."""
-    y = jnp.einsum("btd,dnh->btnh", x, kernel)
-    return y if bias is None else y + bias
 
 
 def _rotate(config, x, span, varying):
@@ -106,14 +101,12 @@ def _qk_norm(config, weights, q, k, varying):
 def _project_latent(config, weights, x, span):
     latent = config.latent
     if latent.query_rank is None:
-        q = _linear(x, weights["q"], None)
+        q = linear(x, weights["q"])
     else:
-        down = x @ weights["q_down"]
-        down = down + weights["q_down_bias"] if config.qkv_bias else down
-        q = _linear(rms_norm(down, weights["q_latent_norm"], latent.norm_epsilon), weights["q_up"], None)
+        down = linear(x, weights["q_down"], weights.get("q_down_bias"))
+        q = linear(rms_norm(down, weights["q_latent_norm"], latent.norm_epsilon), weights["q_up"])
     q_plain, q_rotary = q[..., : latent.plain_dim], q[..., latent.plain_dim :]
-    down = x @ weights["kv_down"]
-    down = down + weights["kv_down_bias"] if config.qkv_bias else down
+    down = linear(x, weights["kv_down"], weights.get("kv_down_bias"))
     compressed = rms_norm(down[..., : latent.rank], weights["kv_latent_norm"], latent.norm_epsilon)
     interleaved = config.rope.interleaved
     k_rotary = rotate(down[..., None, latent.rank :], span.turn, interleaved)[:, :, 0]
@@ -131,8 +124,8 @@ def attend(
     """Attention of `q` over cache `entries` where `mask` allows, and the output projection."""
     run = _latent_mix if config.latent is not None else _mix
     mixed = _in_blocks(lambda q, mask: run(config, weights, q, entries, mask), q, mask)
-    y = jnp.einsum("btnv,nvd->btd", mixed, weights["o"])
-    return y + weights["o_bias"] if config.out_bias else y
+    kernel = weights["o"].reshape(weights["o"].shape[0], -1)
+    return linear(mixed.reshape(*mixed.shape[:2], -1), kernel, weights.get("o_bias"))
 
 
 def _in_blocks(run, q, mask):
@@ -170,10 +163,10 @@ def _latent_mix(config, weights, q, entries, mask):
     """Latent attention in its absorbed form: queries meet the latents, the value projection comes last."""
     plain = config.latent.plain_dim
     latent, k_rotary = entries["latent"], entries["k_rotary"]
-    k_up, v_up = weights["kv_up"][..., :plain], weights["kv_up"][..., plain:]
-    absorbed = jnp.einsum("btnh,znh->btnz", q[..., :plain], k_up)
+    k_up, v_up = weights["kv_up"][:, :plain], weights["kv_up"][:, plain:]
+    absorbed = jnp.einsum("btnh,nhz->btnz", q[..., :plain], k_up)
     scores = jnp.einsum("btnz,bsz->bnts", absorbed, latent, preferred_element_type=jnp.float32)
     scores += jnp.einsum("btnr,bsr->bnts", q[..., plain:], k_rotary, preferred_element_type=jnp.float32)
     chances = _probabilities(config, scores[:, :, None], mask, None)[:, :, 0]
     mixed = jnp.einsum("bnts,bsz->btnz", chances.astype(latent.dtype), latent)
-    return jnp.einsum("btnz,znv->btnv", mixed, v_up)
+    return jnp.einsum("btnz,nvz->btnv", mixed, v_up)

@@ -9,10 +9,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from pallas_kernels import Activation, Experts
+from pallas_kernels.dims import Array as AnyArray
 
 from .attention import Span, Varying, attend, project, visible
 from .block_config import BlockConfig, RouterConfig
 from .cache import read_entries, write_entries
+from .linear import linear
 from .norm import norm
 from .weights import Weights
 
@@ -95,8 +97,7 @@ def mlp(activation: Activation, weights: dict[str, Array], x: Float[Array, "*G D
     """A dense MLP with the expert's formula."""
 
     def product(x, name):
-        y = x @ weights[name]
-        return y + weights[f"{name}_bias"] if f"{name}_bias" in weights else y
+        return linear(x, weights[name], weights.get(f"{name}_bias"))
 
     gate = product(x, "gate") if activation.gated else None
     return product(activation(gate, product(x, "up")), "down")
@@ -111,8 +112,8 @@ class RoutingRequest:
     -1 where the router decides; None leaves all to the router.
     """
 
-    real: Bool[Array, "B T"]
-    forced: Int[Array, "Lm B T A"] | None = None
+    real: Bool[AnyArray, "B T"]
+    forced: Int[AnyArray, "Lm B T A"] | None = None
     implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
@@ -131,7 +132,7 @@ def moe(
         logits, ids, gates = route(config.router, own, rows, forced)
         ids = jnp.where(request.real.reshape(-1, 1), ids, -1)
     stacks = {name: group[name] for name in group if name not in _ROUTER}
-    experts = Experts(**stacks, activation=config.experts.activation)
+    experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
     y = run_experts(config.router, rows, ids, gates, experts, index, request.implementation)
     if config.shared is not None:
         own = take(weights["shared"], index)
@@ -147,7 +148,7 @@ _ROUTER = ("router", "router_bias", "selection_bias")
 
 def route(config: RouterConfig, weights: dict[str, Array], rows: Float[Array, "G D"], forced: Array | None = None):
     """Router logits `[G, E]` in float32, chosen ids and weights `[G, A]`."""
-    logits = jnp.matmul(rows, weights["router"], preferred_element_type=jnp.float32)
+    logits = jnp.matmul(rows, weights["router"].T, preferred_element_type=jnp.float32)
     if config.logit_bias:
         logits = logits + weights["router_bias"].astype(jnp.float32)
     ids, gates, _ = pallas_kernels.route(
@@ -171,7 +172,5 @@ def run_experts(config: RouterConfig, rows, ids, gates, experts, layer, implemen
         return pallas_kernels.routed_mlp(rows, ids, gates, experts, layer=layer, implementation=implementation)
     scaled = (rows[:, None] * gates[..., None].astype(rows.dtype)).reshape(-1, rows.shape[-1])
     ones = jnp.ones((ids.size, 1), gates.dtype)
-    y = pallas_kernels.routed_mlp(
-        scaled, ids.reshape(-1, 1), ones, experts, layer=layer, implementation=implementation
-    )
+    y = pallas_kernels.routed_mlp(scaled, ids.reshape(-1, 1), ones, experts, layer=layer, implementation=implementation)
     return y.reshape(*ids.shape, -1).sum(1)

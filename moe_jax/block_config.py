@@ -135,7 +135,7 @@ class MLPConfig:
     """A gated or plain MLP: hidden width, activation, biases on all of its products."""
 
     hidden: int
-    activation: Activation = Activation("swiglu")
+    activation: Activation
     bias: bool = False
 
     def __post_init__(self):

@@ -55,7 +55,7 @@ def varying(layers: tuple[LayerConfig, ...], index: Any) -> Varying:
     def pick(values):
         if len(set(values)) == 1:
             return values[0]
-        if values[0] is None or isinstance(values[0], int) and not isinstance(values[0], bool) or None in values:
+        if values[0] is None or (isinstance(values[0], int) and not isinstance(values[0], bool)) or None in values:
             values = [unlimited if v is None else v for v in values]
         return jnp.asarray(values)[index]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class Model(nnx.Module):
         """A model with random weights: normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases 0."""
         table = parameters(config.architecture)
         keys = jax.random.split(jax.random.key(seed), len(table))
-        made = {name: _draw(key, name, p.shape, dtype) for key, (name, p) in zip(keys, table.items(), strict=True)}
+        made = {name: _draw(key, name, p, dtype) for key, (name, p) in zip(keys, table.items(), strict=True)}
         return cls(config, nested(made), **options)
 
     @property
@@ -120,15 +121,14 @@ def _implementation(given: str | Mapping[str, str] | None) -> str | None:
     return given.get("routed_mlp")
 
 
-def _draw(key, name, shape, dtype):
+def _draw(key, name, parameter, dtype):
+    shape = parameter.shape
     leaf = name.rsplit(".", 1)[-1]
     if "bias" in leaf or leaf == "sinks":
         return jnp.zeros(shape, dtype)
     if "norm" in name:
         return jnp.ones(shape, dtype)
-    fan_in = shape[-1] if name in ("embedding", "head.kernel", "shared.scale") else shape[-2]
-    if name.startswith("attention."):
-        fan_in = int(np.prod(shape[1:-1])) if leaf == "o" else shape[1]
+    fan_in = math.prod(parameter.shape[-max(1, parameter.inputs) :])
     return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
 

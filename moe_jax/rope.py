@@ -146,7 +146,7 @@ def mla_score_factor(settings: Mapping[str, Any]) -> float:
 def rotation(
     rope: RopeConfig, positions: Int[Array, "B T"], length: Int[Array, ""] | int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """Cosine and sine per position and frequency, float32; `length` (tokens of the longest row) picks LongRoPE's list."""
+    """Cosine and sine per position and frequency, float32; `length`: tokens of the longest row, for LongRoPE."""
     frequencies, factor = jnp.asarray(rope.frequencies, jnp.float32), rope.factor
     if rope.long_frequencies is not None:
         long = length > rope.switch_length

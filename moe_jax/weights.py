@@ -6,29 +6,32 @@ from typing import Any
 from .block_config import Architecture, AttentionConfig, BlockConfig, MLPConfig
 
 #: Nested dictionary of arrays: `tree["attention"]["q"]` is the parameter "attention.q".
-Weights = dict[str, dict[str, Any]]
+Weights = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """Shape of one parameter. `layers`: which model layers its leading axis holds (None: it belongs to no layer).
 
-    `experts`: length of the expert axis behind the layer axis, 0 without.
+    `experts`: length of the expert axis behind the layer axis, 0 without. `inputs`: how many trailing axes are
+    contracted with the input, 0 for what is no kernel.
     """
 
     shape: tuple[int, ...]
     layers: tuple[int, ...] | None = None
     experts: int = 0
+    inputs: int = 0
 
 
 def parameters(architecture: Architecture) -> dict[str, Parameter]:
     """Every parameter by its dotted name, layers of a kind stacked along the first axis.
 
     Attention and norms hold all layers, `dense` the dense ones, `moe` and `shared` the MoE layers. Kernels are
-    `[in, out]`; attention keeps heads apart: `q [L, D, N, H]`, `o [L, N, Hv, D]`.
+    `[out, in]`, the contraction last, as in checkpoints (docs/decisions.md says why); attention keeps heads apart:
+    `q [L, N, H, D]`, `o [L, D, N, Hv]`.
     """
     block, width, vocab = architecture.block, architecture.block.width, architecture.vocab_size
-    table = {"embedding": Parameter((vocab, width))}
+    table = {"embedding": Parameter((vocab, width), inputs=1)}
     every = tuple(range(len(architecture.layers)))
     _stack(table, every, {f"attention.{k}": v for k, v in _attention(block.attention, width).items()})
     for norm in ("attention_norm", "mlp_norm"):
@@ -40,7 +43,7 @@ def parameters(architecture: Architecture) -> dict[str, Parameter]:
         _moe(table, block, architecture.moe_layers)
     table |= {f"final_norm.{k}": Parameter(v) for k, v in _norm(block).items()}
     if not architecture.tied:
-        table["head.kernel"] = Parameter((vocab, width))
+        table["head.kernel"] = Parameter((vocab, width), inputs=1)
     if architecture.head_bias:
         table["head.bias"] = Parameter((vocab,))
     return table
@@ -48,7 +51,10 @@ def parameters(architecture: Architecture) -> dict[str, Parameter]:
 
 def _stack(table, layers, shapes, experts=0):
     lead = (len(layers), experts) if experts else (len(layers),)
-    table |= {name: Parameter((*lead, *shape), layers, experts) for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        vector = len(shape) == 1 or name.endswith(("_bias", "_norm"))
+        inputs = 0 if vector else 2 if name == "attention.o" else 1
+        table[name] = Parameter((*lead, *shape), layers, experts, inputs)
 
 
 def _norm(block: BlockConfig) -> dict[str, tuple[int, ...]]:
@@ -57,17 +63,17 @@ def _norm(block: BlockConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp(mlp: MLPConfig, width: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"up": (width, mlp.hidden), "down": (mlp.hidden, width)}
+    shapes = {"up": (mlp.hidden, width), "down": (width, mlp.hidden)}
     if mlp.activation.gated:
         shapes["gate"] = shapes["up"]
     if mlp.bias:
-        shapes |= {f"{name}_bias": shape[-1:] for name, shape in shapes.items()}
+        shapes |= {f"{name}_bias": shape[:1] for name, shape in shapes.items()}
     return shapes
 
 
 def _moe(table: dict[str, Parameter], block: BlockConfig, layers: tuple[int, ...]) -> None:
     router = block.router
-    per_layer = {"moe.router": (block.width, router.num_experts)}
+    per_layer = {"moe.router": (router.num_experts, block.width)}
     if router.logit_bias:
         per_layer["moe.router_bias"] = (router.num_experts,)
     if router.selection_bias:
@@ -83,16 +89,16 @@ def _moe(table: dict[str, Parameter], block: BlockConfig, layers: tuple[int, ...
 
 def _attention(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]]:
     heads, kv_heads, head, value = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
-    shapes = {"o": (heads, value, width)}
+    shapes = {"o": (width, heads, value)}
     if config.out_bias:
         shapes["o_bias"] = (width,)
     if config.sinks:
         shapes["sinks"] = (heads,)
     if config.latent is not None:
         return shapes | _latent(config, width)
-    shapes |= {"q": (width, heads, head), "k": (width, kv_heads, head), "v": (width, kv_heads, value)}
+    shapes |= {"q": (heads, head, width), "k": (kv_heads, head, width), "v": (kv_heads, value, width)}
     if config.qkv_bias:
-        shapes |= {f"{name}_bias": shapes[name][1:] for name in "qkv"}
+        shapes |= {f"{name}_bias": shapes[name][:-1] for name in "qkv"}
     if config.qk_norm == "head":
         shapes |= {"q_norm": (head,), "k_norm": (head,)}
     elif config.qk_norm == "full":
@@ -103,18 +109,18 @@ def _attention(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]
 def _latent(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]]:
     latent, heads = config.latent, config.num_heads
     shapes = {
-        "kv_down": (width, latent.rank + latent.rotary_dim),
+        "kv_down": (latent.rank + latent.rotary_dim, width),
         "kv_latent_norm": (latent.rank,),
-        "kv_up": (latent.rank, heads, latent.plain_dim + config.value_dim),
+        "kv_up": (heads, latent.plain_dim + config.value_dim, latent.rank),
     }
     if config.qkv_bias:
         shapes["kv_down_bias"] = (latent.rank + latent.rotary_dim,)
     if latent.query_rank is None:
-        return shapes | {"q": (width, heads, config.head_dim)}
-    shapes |= {"q_down": (width, latent.query_rank), "q_latent_norm": (latent.query_rank,)}
+        return shapes | {"q": (heads, config.head_dim, width)}
+    shapes |= {"q_down": (latent.query_rank, width), "q_latent_norm": (latent.query_rank,)}
     if config.qkv_bias:
         shapes["q_down_bias"] = (latent.query_rank,)
-    return shapes | {"q_up": (latent.query_rank, heads, config.head_dim)}
+    return shapes | {"q_up": (heads, config.head_dim, latent.query_rank)}
 
 
 def nested(flat: dict[str, Any]) -> Weights:

@@ -15,7 +15,9 @@ class Experts:
 
     Shapes: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, biases `[E, F]` and `[E, D]`, or all of them with a
     leading `[L]` for a stack of layers (then `routed_mlp` takes `layer=`). `gate` is None where the activation has
-    no gate. Building one validates the shapes; it neither copies nor fuses, so it can be built from tracers.
+    no gate. `layout="out_in"`: kernels have their last two axes swapped, the contraction last (what `prepare` makes
+    and what checkpoints hold). Building one validates the shapes; it neither copies nor fuses, so it can be built
+    from tracers.
 
     Raises `ValueError` naming the field and both shapes.
 
@@ -32,6 +34,7 @@ class Experts:
     up_bias: Any = None
     down_bias: Any = None
     activation: Activation | str = "swiglu"
+    layout: str = "in_out"
 
     def __post_init__(self):
         if isinstance(self.activation, str):
@@ -39,17 +42,21 @@ class Experts:
         if self.activation.gated != (self.gate is not None):
             need = "needs" if self.activation.gated else "takes no"
             raise ValueError(f"gate: activation {self.activation.name!r} {need} gate weights")
+        if self.layout not in ("in_out", "out_in"):
+            raise ValueError(f"layout: {self.layout!r} is neither in_out nor out_in")
         self._check_shapes()
 
     def _check_shapes(self):
         if self.up.ndim not in (3, 4):
             raise ValueError(f"up: shape {self.up.shape} is neither [E, D, F] nor [L, E, D, F]")
         *lead, d, f = self.up.shape
+        if self.layout == "out_in":
+            d, f = f, d
         if lead[-1] < 1:
             raise ValueError(f"up: shape {self.up.shape} holds no expert")
         want = {
-            "gate": (*lead, d, f),
-            "down": (*lead, f, d),
+            "gate": tuple(self.up.shape),
+            "down": (*lead, *reversed(self.up.shape[-2:])),
             "gate_bias": (*lead, f),
             "up_bias": (*lead, f),
             "down_bias": (*lead, d),
@@ -69,7 +76,7 @@ class Experts:
     @property
     def width(self) -> int:
         """Model width, `D`."""
-        return self.up.shape[-2]
+        return self.up.shape[-2 if self.layout == "in_out" else -1]
 
     @property
     def stacked(self) -> bool:
@@ -83,15 +90,17 @@ class Experts:
         return jax.tree.map(lambda w: w.reshape(-1, *w.shape[2:]), self)
 
     def tree_flatten(self):
-        return tuple(getattr(self, name) for name in _ARRAYS), self.activation
+        return tuple(getattr(self, name) for name in _ARRAYS), (self.activation, self.layout)
 
     @classmethod
-    def tree_unflatten(cls, activation, children):
+    def tree_unflatten(cls, static, children):
         self = object.__new__(cls)  # no validation: transformations put placeholders in the leaves
         for name, value in zip(_ARRAYS, children, strict=True):
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "activation", activation)
+        for name, value in zip(_STATIC, static, strict=True):
+            object.__setattr__(self, name, value)
         return self
 
 
-_ARRAYS = tuple(f.name for f in dataclasses.fields(Experts) if f.name != "activation")
+_STATIC = ("activation", "layout")
+_ARRAYS = tuple(f.name for f in dataclasses.fields(Experts) if f.name not in _STATIC)

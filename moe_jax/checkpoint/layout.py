@@ -13,7 +13,10 @@ from ..weights import Parameter, parameters
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One tensor's share in a parameter: `index` into the stacked parameter, shape on disk, shape of the share."""
+    """One tensor's share in a parameter: `index` into the stacked parameter, shape on disk, shape of the share.
+
+    `kernel`: whether the share has an input axis.
+    """
 
     parameter: str
     tensor: Tensor
@@ -21,6 +24,7 @@ class Piece:
     index: tuple[int, ...]
     disk_shape: tuple[int, ...]
     shape: tuple[int, ...]
+    kernel: bool
 
 
 def pieces(config: ModelConfig) -> Iterator[Piece]:
@@ -40,46 +44,39 @@ def _pieces_of(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> 
     lead = (parameter.layers is not None) + each_expert
     shape = parameter.shape[lead:]
     stacked = parameter.experts > 0 and not each_expert
-    disk_shape = _disk_shape(name, shape, tensor, stacked)
+    disk_shape = _disk_shape(shape, parameter.inputs, tensor, stacked)
     for place, layer in enumerate(parameter.layers or (None,)):
         for expert in range(parameter.experts) if each_expert else (None,):
             index = (() if layer is None else (place,)) + (() if expert is None else (expert,))
             on_disk = prefix + tensor.name.format(layer=layer, expert=expert)
-            yield Piece(name, tensor, on_disk, index, disk_shape, shape)
+            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0)
 
 
-def _disk_shape(name: str, shape: tuple[int, ...], tensor: Tensor, stacked: bool) -> tuple[int, ...]:
-    """Shape on disk of a parameter's share of `shape`: heads flattened, output first for a Linear, parts together."""
+def _disk_shape(shape: tuple[int, ...], inputs: int, tensor: Tensor, stacked: bool) -> tuple[int, ...]:
+    """Shape on disk of a share of `shape`: heads flattened into `[out, in]`, parts together, experts in front."""
     experts, rest = (shape[:1], shape[1:]) if stacked else ((), shape)
-    count = tensor.part[1]
-    if tensor.linear or (stacked and len(rest) == 2):
-        inputs, outputs = _in_out(name, rest)
-        outputs *= count
-        rest = (outputs, inputs) if tensor.linear else (inputs, outputs)
-    elif name in FLATTENED or stacked:
-        rest = (math.prod(rest) * count,)
-    return ((1,) if tensor.leading_one else ()) + experts + rest
+    split = len(rest) - inputs
+    outputs = math.prod(rest[:split]) * tensor.part[1]
+    kernel = (outputs, math.prod(rest[split:])) if inputs else (outputs,)
+    if tensor.transposed:
+        kernel = kernel[::-1]
+    return ((1,) if tensor.leading_one else ()) + experts + kernel
 
 
-#: Parameters with several axes that are one axis on disk.
-FLATTENED = frozenset(f"attention.{name}" for name in ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"))
-
-
-def _in_out(name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Inputs and outputs of a kernel; the attention's output projection has its heads on the input side."""
-    split = len(shape) - 1 if name == "attention.o" else 1
-    return math.prod(shape[:split]), math.prod(shape[split:])
+def _output_axis(piece: Piece) -> int:
+    """The axis on disk along which a kernel's outputs, or a vector's components, lie."""
+    return len(piece.disk_shape) - (2 if piece.kernel and not piece.tensor.transposed else 1)
 
 
 def from_disk(piece: Piece, array: np.ndarray) -> np.ndarray:
     """The parameter's share of a tensor as read."""
     index, count = piece.tensor.part
     if count > 1:
-        axis = array.ndim - (2 if piece.tensor.linear else 1)
+        axis = _output_axis(piece)
         size = array.shape[axis] // count
         cut = slice(index, None, count) if piece.tensor.interleaved else slice(index * size, (index + 1) * size)
         array = array[(slice(None),) * axis + (cut,)]
-    if piece.tensor.linear:
+    if piece.tensor.transposed:
         array = np.swapaxes(array, -1, -2)
     return array.reshape(piece.shape)
 
@@ -87,19 +84,14 @@ def from_disk(piece: Piece, array: np.ndarray) -> np.ndarray:
 def to_disk(parts: list[tuple[Piece, np.ndarray]]) -> np.ndarray:
     """The tensor on disk out of all its parameters' shares: the inverse of `from_disk`."""
     first, _ = parts[0]
-    tensor, count = first.tensor, first.tensor.part[1]
-    axis = len(first.disk_shape) - (2 if tensor.linear else 1)
+    tensor, axis = first.tensor, _output_axis(first)
     one = list(first.disk_shape)
-    one[axis] //= count
+    one[axis] //= tensor.part[1]
     shares = []
-    for piece, array in sorted(parts, key=lambda part: part[0].tensor.part[0]):
-        if piece.tensor.linear:
-            shape = (*one[:-2], one[-1], one[-2])
-            shares.append(np.swapaxes(array.reshape(shape), -1, -2))
-        else:
-            shares.append(array.reshape(one))
-    if count == 1:
-        return shares[0]
+    for _, array in sorted(parts, key=lambda part: part[0].tensor.part[0]):
+        if tensor.transposed:
+            array = np.swapaxes(array.reshape(*one[:-2], one[-1], one[-2]), -1, -2)
+        shares.append(array.reshape(one))
     if tensor.interleaved:
         return np.stack(shares, axis + 1).reshape(first.disk_shape)
-    return np.concatenate(shares, axis)
+    return shares[0] if len(shares) == 1 else np.concatenate(shares, axis)

@@ -18,7 +18,7 @@ def widen_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def widen_fp8(weight: np.ndarray, inverse_scale: np.ndarray, block: tuple[int, int]) -> np.ndarray:
-    """FP8 with one factor per block of a matrix to float32: `weight [out, in]`, factors `[ceil(out/b0), ceil(in/b1)]`."""
+    """FP8 with one factor per block to float32: `weight [out, in]`, factors `[ceil(out/b0), ceil(in/b1)]`."""
     rows, columns = weight.shape
     wide = weight.astype(np.float32)
     factors = inverse_scale.astype(np.float32)

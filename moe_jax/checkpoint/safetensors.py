@@ -108,7 +108,11 @@ class TensorFile:
         self.close() if getattr(self, "_descriptor", -1) >= 0 else None
 
 
-def write_file(path: str | Path, layout: Mapping[str, tuple[Any, tuple[int, ...]]], arrays: Iterable[np.ndarray]) -> None:
+#: Names, dtypes and shapes of a file's tensors, in order.
+Layout = Mapping[str, tuple[Any, tuple[int, ...]]]
+
+
+def write_file(path: str | Path, layout: Layout, arrays: Iterable[np.ndarray]) -> None:
     """Write tensors of known dtype and shape, taking `arrays` one by one in the order of `layout`.
 
     The file appears under its name only when it is whole.

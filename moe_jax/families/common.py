@@ -19,42 +19,42 @@ from .hub import Hub
 
 def decoder(hub: Hub, block: BlockConfig, layers: Sequence[LayerConfig], **options: Any) -> Architecture:
     """The parts around the blocks, under the keys that every family uses."""
-    options.setdefault("tied", hub.bool("tie_word_embeddings", False))
+    options.setdefault("tied", hub.flag("tie_word_embeddings", False))
     return Architecture(
         block=block,
         layers=tuple(layers),
-        vocab_size=hub.int("vocab_size"),
-        context=hub.int("max_position_embeddings"),
+        vocab_size=hub.integer("vocab_size"),
+        context=hub.integer("max_position_embeddings"),
         **options,
     )
 
 
 def rms_norm(hub: Hub, default: float, place: str = "pre") -> NormConfig:
     """RMSNorm with the config's epsilon."""
-    return NormConfig(kind="rms", epsilon=hub.float("rms_norm_eps", default), place=place)
+    return NormConfig(kind="rms", epsilon=hub.number("rms_norm_eps", default), place=place)
 
 
 def grouped_attention(
     hub: Hub, *, theta: float = 10000.0, partial: float = 1.0, interleaved: bool = False, **options: Any
 ) -> AttentionConfig:
     """Attention with query, key, value and output projections; `options` override what the keys give."""
-    heads, head_dim = hub.int("num_attention_heads"), hub.head_dim()
+    heads, head_dim = hub.integer("num_attention_heads"), hub.head_dim()
     fields = {
         "num_heads": heads,
-        "num_kv_heads": hub.int("num_key_value_heads", heads),
+        "num_kv_heads": hub.integer("num_key_value_heads", heads),
         "head_dim": head_dim,
         "value_dim": head_dim,
         "scale": head_dim**-0.5,
         "rope": hub.rope(head_dim, theta, partial, interleaved),
-        "norm_epsilon": hub.float("rms_norm_eps", 1e-6),
+        "norm_epsilon": hub.number("rms_norm_eps", 1e-6),
     }
     return AttentionConfig(**fields | options)
 
 
 def latent_attention(hub: Hub, interleaved: bool) -> AttentionConfig:
     """DeepSeek's multi-head latent attention."""
-    heads, bias = hub.int("num_attention_heads"), hub.bool("attention_bias", False)
-    plain, rotary = hub.int("qk_nope_head_dim", 128), hub.int("qk_rope_head_dim", 64)
+    heads, bias = hub.integer("num_attention_heads"), hub.flag("attention_bias", False)
+    plain, rotary = hub.integer("qk_nope_head_dim", 128), hub.integer("qk_rope_head_dim", 64)
     hub.require("num_key_value_heads", heads)
     hub.ignore("head_dim", "qk_head_dim")  # written by transformers, derived from the two above
     settings = hub.rope_settings()
@@ -62,14 +62,14 @@ def latent_attention(hub: Hub, interleaved: bool) -> AttentionConfig:
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=plain + rotary,
-        value_dim=hub.int("v_head_dim", 128),
+        value_dim=hub.integer("v_head_dim", 128),
         scale=(plain + rotary) ** -0.5 * mla_score_factor(settings),
-        rope=rope_config(settings, rotary, hub.int("max_position_embeddings"), interleaved),
+        rope=rope_config(settings, rotary, hub.integer("max_position_embeddings"), interleaved),
         qkv_bias=bias,
         out_bias=bias,
         latent=LatentConfig(
-            query_rank=hub.int("q_lora_rank", None),
-            rank=hub.int("kv_lora_rank"),
+            query_rank=hub.integer("q_lora_rank", None),
+            rank=hub.integer("kv_lora_rank"),
             plain_dim=plain,
             rotary_dim=rotary,
         ),
@@ -82,33 +82,33 @@ def bias_steered_router(hub: Hub, renormalize: bool) -> RouterConfig:
     hub.require("topk_method", "noaux_tc")
     return RouterConfig(
         num_experts=hub.first("n_routed_experts", "num_local_experts", "num_experts"),
-        top_k=hub.int("num_experts_per_tok"),
+        top_k=hub.integer("num_experts_per_tok"),
         score="sigmoid",
-        renormalize=hub.bool("norm_topk_prob", renormalize),
-        groups=hub.int("n_group", 1),
-        top_groups=hub.int("topk_group", 1),
-        scale=hub.float("routed_scaling_factor", 1.0),
+        renormalize=hub.flag("norm_topk_prob", renormalize),
+        groups=hub.integer("n_group", 1),
+        top_groups=hub.integer("topk_group", 1),
+        scale=hub.number("routed_scaling_factor", 1.0),
         selection_bias=True,
     )
 
 
 def shared_experts(hub: Hub, hidden: int, default: int | None, **options: Any) -> MLPConfig | None:
     """`n_shared_experts` experts that every token takes, as one wide MLP."""
-    count = hub.int("n_shared_experts", default) or 0
+    count = hub.integer("n_shared_experts", default) or 0
     return MLPConfig(hidden=hidden * count, activation=hub.activation(), **options) if count else None
 
 
 def first_dense(hub: Hub, default: int) -> list[bool]:
     """Which layers are MoE layers where the first `first_k_dense_replace` are dense."""
     hub.require("moe_layer_freq", 1)
-    count = hub.int("first_k_dense_replace", default)
-    return [i >= count for i in range(hub.int("num_hidden_layers"))]
+    count = hub.integer("first_k_dense_replace", default)
+    return [i >= count for i in range(hub.integer("num_hidden_layers"))]
 
 
 def every_nth(hub: Hub) -> list[bool]:
     """Which layers are MoE layers under Qwen's `decoder_sparse_step` and `mlp_only_layers`."""
-    step, dense = hub.int("decoder_sparse_step", 1), hub.get("mlp_only_layers", [])
-    return [i not in dense and (i + 1) % step == 0 for i in range(hub.int("num_hidden_layers"))]
+    step, dense = hub.integer("decoder_sparse_step", 1), hub.get("mlp_only_layers", [])
+    return [i not in dense and (i + 1) % step == 0 for i in range(hub.integer("num_hidden_layers"))]
 
 
 def windows(hub: Hub, window: int | None, sliding: Sequence[bool]) -> list[int | None]:

@@ -6,22 +6,22 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import bias_steered_router, decoder, first_dense, latent_attention, rms_norm, shared_experts
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, Tensor, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, mlp, norms, trunk
 from .tensors import latent_attention as latent_tensors
 
 
 def _architecture(hub: Hub, router: RouterConfig, *, interleaved: bool, shared: int, dense: int) -> Architecture:
-    activation, bias = hub.activation(), hub.bool("mlp_bias", False)
+    activation, bias = hub.activation(), hub.flag("mlp_bias", False)
     hub.ignore("ep_size", "num_nextn_predict_layers", "num_mtp_layers")
-    hidden = hub.int("moe_intermediate_size")
+    hidden = hub.integer("moe_intermediate_size")
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-6),
         attention=latent_attention(hub, interleaved),
         router=router,
         experts=MLPConfig(hidden=hidden, activation=activation),
         shared=shared_experts(hub, hidden, shared, bias=bias),
-        dense=MLPConfig(hidden=hub.int("intermediate_size"), activation=activation, bias=bias),
+        dense=MLPConfig(hidden=hub.integer("intermediate_size"), activation=activation, bias=bias),
     )
     return decoder(hub, block, [LayerConfig(moe=moe) for moe in first_dense(hub, dense)])
 
@@ -31,23 +31,23 @@ def deepseek_v2(hub: Hub) -> Architecture:
     hub.require("topk_method", "greedy", "group_limited_greedy")
     hub.require("norm_topk_prob", False)  # DeepSeek's own code and transformers disagree on what true means
     limited = hub.get("topk_method", "greedy") == "group_limited_greedy"
-    groups, top_groups = hub.int("n_group", 1), hub.int("topk_group", 1)
+    groups, top_groups = hub.integer("n_group", 1), hub.integer("topk_group", 1)
     router = RouterConfig(
         num_experts=hub.first("n_routed_experts", "num_local_experts", "num_experts"),
-        top_k=hub.int("num_experts_per_tok"),
+        top_k=hub.integer("num_experts_per_tok"),
         renormalize=False,
         groups=groups if limited else 1,
         top_groups=top_groups if limited else 1,
-        scale=hub.float("routed_scaling_factor", 1.0),
+        scale=hub.number("routed_scaling_factor", 1.0),
     )
     return _architecture(hub, router, interleaved=True, shared=2, dense=0)
 
 
 def deepseek_v3(hub: Hub) -> Architecture:
     router = bias_steered_router(hub, renormalize=True)
-    defaults = {"groups": hub.int("n_group", 8), "top_groups": hub.int("topk_group", 4)}
+    defaults = {"groups": hub.integer("n_group", 8), "top_groups": hub.integer("topk_group", 4)}
     router = dataclasses.replace(router, **defaults)
-    return _architecture(hub, router, interleaved=hub.bool("rope_interleave", True), shared=1, dense=3)
+    return _architecture(hub, router, interleaved=hub.flag("rope_interleave", True), shared=1, dense=3)
 
 
 _TENSORS = (
@@ -56,7 +56,7 @@ _TENSORS = (
     | norms()
     | mlp("dense", "mlp.")
     | {
-        "moe.router": linear(LAYER + "mlp.gate.weight"),
+        "moe.router": Tensor(LAYER + "mlp.gate.weight"),
         "moe.selection_bias": Tensor(LAYER + "mlp.gate.e_score_correction_bias"),
     }
     | mlp("moe", "mlp.experts.{expert}.")

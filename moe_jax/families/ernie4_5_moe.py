@@ -4,17 +4,17 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import decoder, grouped_attention, rms_norm
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, Tensor, attention, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
 def architecture(hub: Hub) -> Architecture:
-    activation, bias = hub.activation(), hub.bool("use_bias", False)
-    hidden, shared = hub.int("moe_intermediate_size"), hub.int("moe_num_shared_experts", 2)
-    if hub.float("moe_norm_min", 1e-12) > 1e-9:
+    activation, bias = hub.activation(), hub.flag("use_bias", False)
+    hidden, shared = hub.integer("moe_intermediate_size"), hub.integer("moe_num_shared_experts", 2)
+    if hub.number("moe_norm_min", 1e-12) > 1e-9:
         raise ValueError(f"ernie4_5_moe: moe_norm_min {hub.get('moe_norm_min')} would change weights; at most 1e-9")
     hub.ignore("num_nextn_predict_layers")
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-5),
         attention=grouped_attention(hub, theta=5e5, interleaved=True, qkv_bias=bias, out_bias=bias),
         router=RouterConfig(
@@ -24,13 +24,13 @@ def architecture(hub: Hub) -> Architecture:
         ),
         experts=MLPConfig(hidden=hidden, activation=activation),
         shared=MLPConfig(hidden=hidden * shared, activation=activation, bias=bias) if shared else None,
-        dense=MLPConfig(hidden=hub.int("intermediate_size"), activation=activation, bias=bias),
+        dense=MLPConfig(hidden=hub.integer("intermediate_size"), activation=activation, bias=bias),
     )
-    count = hub.int("num_hidden_layers")
-    first, last = hub.int("moe_layer_start_index", 1), hub.int("moe_layer_end_index", -1)
-    last, step = (count - 1 if last == -1 else last), hub.int("moe_layer_interval", 1)
+    count = hub.integer("num_hidden_layers")
+    first, last = hub.integer("moe_layer_start_index", 1), hub.integer("moe_layer_end_index", -1)
+    last, step = (count - 1 if last == -1 else last), hub.integer("moe_layer_interval", 1)
     layers = [LayerConfig(moe=first <= i <= last and (i + 1) % step == 0) for i in range(count)]
-    return decoder(hub, block, layers, tied=hub.bool("tie_word_embeddings", True), head_bias=bias)
+    return decoder(hub, block, layers, tied=hub.flag("tie_word_embeddings", True), head_bias=bias)
 
 
 FAMILY = Family(
@@ -41,7 +41,7 @@ FAMILY = Family(
     | norms()
     | mlp("dense", "mlp.")
     | {
-        "moe.router": linear(LAYER + "mlp.gate.weight"),
+        "moe.router": Tensor(LAYER + "mlp.gate.weight"),
         "moe.selection_bias": Tensor(LAYER + "mlp.moe_statics.e_score_correction_bias", leading_one=True),
     }
     | mlp("moe", "mlp.experts.{expert}.")

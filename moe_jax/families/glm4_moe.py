@@ -12,38 +12,38 @@ from .common import (
 )
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, Tensor, attention, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
 def _block(hub: Hub, attention: AttentionConfig, *, epsilon: float, renormalize: bool, shared: int) -> BlockConfig:
-    hidden = hub.int("moe_intermediate_size")
+    hidden = hub.integer("moe_intermediate_size")
     return BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, epsilon),
         attention=attention,
         router=bias_steered_router(hub, renormalize),
         experts=MLPConfig(hidden=hidden, activation=hub.activation()),
         shared=shared_experts(hub, hidden, shared),
-        dense=MLPConfig(hidden=hub.int("intermediate_size"), activation=hub.activation()),
+        dense=MLPConfig(hidden=hub.integer("intermediate_size"), activation=hub.activation()),
     )
 
 
 def glm4_moe(hub: Hub) -> Architecture:
-    norm = "head" if hub.bool("use_qk_norm", False) else None
-    attention = grouped_attention(hub, partial=0.5, qkv_bias=hub.bool("attention_bias", False), qk_norm=norm)
+    norm = "head" if hub.flag("use_qk_norm", False) else None
+    attention = grouped_attention(hub, partial=0.5, qkv_bias=hub.flag("attention_bias", False), qk_norm=norm)
     hub.ignore("num_nextn_predict_layers", "num_mtp_layers")
     block = _block(hub, attention, epsilon=1e-5, renormalize=True, shared=1)
     return decoder(hub, block, [LayerConfig(moe=moe) for moe in first_dense(hub, 1)])
 
 
 def dots1(hub: Hub) -> Architecture:
-    bias = hub.bool("attention_bias", False)
+    bias = hub.flag("attention_bias", False)
     attention = grouped_attention(hub, qkv_bias=bias, out_bias=bias, qk_norm="head")
     block = _block(hub, attention, epsilon=1e-6, renormalize=False, shared=0)
     moe = first_dense(hub, 0)
-    window = hub.int("sliding_window", None)
-    slides = hub.bool("use_sliding_window", True) and window is not None
-    start = hub.int("max_window_layers", 62)
+    window = hub.integer("sliding_window", None)
+    slides = hub.flag("use_sliding_window", True) and window is not None
+    start = hub.integer("max_window_layers", 62)
     per_layer = windows(hub, window, [slides and i >= start for i in range(len(moe))])
     return decoder(hub, block, [LayerConfig(moe=m, window=w) for m, w in zip(moe, per_layer, strict=True)])
 
@@ -54,7 +54,7 @@ _TENSORS = (
     | norms()
     | mlp("dense", "mlp.")
     | {
-        "moe.router": linear(LAYER + "mlp.gate.weight"),
+        "moe.router": Tensor(LAYER + "mlp.gate.weight"),
         "moe.selection_bias": Tensor(LAYER + "mlp.gate.e_score_correction_bias"),
     }
     | mlp("moe", "mlp.experts.{expert}.")

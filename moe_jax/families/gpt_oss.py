@@ -6,20 +6,20 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import decoder, grouped_attention, rms_norm, windows
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, Tensor, attention, linear, norms, trunk
+from .tensors import LAYER, Tensor, attention, norms, trunk
 
 
 def architecture(hub: Hub) -> Architecture:
-    bias = hub.bool("attention_bias", True)
+    bias = hub.flag("attention_bias", True)
     if hub.first("rope_parameters", "rope_scaling", default=None) is None:
         hub.values["rope_scaling"] = _YARN  # the released models' setting is the family's default
     hub.require("hidden_act", "silu")
     hub.ignore("initial_context_length")  # the same as rope's original_max_position_embeddings
     activation = Activation(
-        "swiglu_clamped", alpha=hub.float("swiglu_alpha", 1.702), limit=hub.float("swiglu_limit", 7.0)
+        "swiglu_clamped", alpha=hub.number("swiglu_alpha", 1.702), limit=hub.number("swiglu_limit", 7.0)
     )
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-5),
         attention=grouped_attention(hub, theta=150000.0, qkv_bias=bias, out_bias=bias, sinks=True),
         router=RouterConfig(
@@ -27,10 +27,10 @@ def architecture(hub: Hub) -> Architecture:
             top_k=hub.first("num_experts_per_tok", "experts_per_token", default=4),
             logit_bias=True,
         ),
-        experts=MLPConfig(hidden=hub.int("intermediate_size"), activation=activation, bias=True),
+        experts=MLPConfig(hidden=hub.integer("intermediate_size"), activation=activation, bias=True),
     )
-    count = hub.int("num_hidden_layers")
-    per_layer = windows(hub, hub.int("sliding_window", 128), [i % 2 == 0 for i in range(count)])
+    count = hub.integer("num_hidden_layers")
+    per_layer = windows(hub, hub.integer("sliding_window", 128), [i % 2 == 0 for i in range(count)])
     return decoder(hub, block, [LayerConfig(moe=True, window=window) for window in per_layer])
 
 
@@ -44,13 +44,13 @@ FAMILY = Family(
     | attention()
     | norms()
     | {
-        "moe.router": linear(LAYER + "mlp.router.weight"),
+        "moe.router": Tensor(LAYER + "mlp.router.weight"),
         "moe.router_bias": Tensor(LAYER + "mlp.router.bias"),
-        "moe.gate": Tensor(_EXPERTS + "gate_up_proj", part=(0, 2), interleaved=True),
-        "moe.up": Tensor(_EXPERTS + "gate_up_proj", part=(1, 2), interleaved=True),
+        "moe.gate": Tensor(_EXPERTS + "gate_up_proj", transposed=True, part=(0, 2), interleaved=True),
+        "moe.up": Tensor(_EXPERTS + "gate_up_proj", transposed=True, part=(1, 2), interleaved=True),
         "moe.gate_bias": Tensor(_EXPERTS + "gate_up_proj_bias", part=(0, 2), interleaved=True),
         "moe.up_bias": Tensor(_EXPERTS + "gate_up_proj_bias", part=(1, 2), interleaved=True),
-        "moe.down": Tensor(_EXPERTS + "down_proj"),
+        "moe.down": Tensor(_EXPERTS + "down_proj", transposed=True),
         "moe.down_bias": Tensor(_EXPERTS + "down_proj_bias"),
     },
 )

@@ -10,17 +10,20 @@ from ..rope import rope_config
 
 #: Keys that never change the result of inference, whatever the family.
 IRRELEVANT = frozenset(
-    """_name_or_path _attn_implementation _attn_implementation_autoset architectures attention_dropout auto_map aux_loss_alpha bad_words_ids
-    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id embd_pdrop
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout
-    id2label initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty
-    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate router_aux_loss_coef router_z_loss_coef sep_token_id seq_aux suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
-    torchscript transformers.js_config transformers_version typical_p unsloth_fixed use_bfloat16 use_cache quantization_config""".split()
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map
+    aux_loss_alpha bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
+    keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_router_logits
+    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config
+    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef
+    router_z_loss_coef sep_token_id seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unsloth_fixed use_bfloat16 use_cache
+    """.split()
 )
 
 _ACTIVATIONS = {
@@ -38,7 +41,7 @@ class Hub:
     """A hub dictionary that remembers which keys were read.
 
     >>> hub = Hub({"hidden_size": 64, "mystery": 1}, "mixtral")
-    >>> hub.int("hidden_size")
+    >>> hub.integer("hidden_size")
     64
     >>> hub.finish()
     Traceback (most recent call last):
@@ -58,15 +61,15 @@ class Hub:
             raise ValueError(f"{self.family}: config key {key!r} is missing")
         return default
 
-    def int(self, key: str, default: Any = _REQUIRED) -> Any:
+    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
         """A whole number."""
         return self._typed(key, default, (int,), "an integer")
 
-    def float(self, key: str, default: Any = _REQUIRED) -> Any:
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
         """A number."""
         return self._typed(key, default, (int, float), "a number")
 
-    def bool(self, key: str, default: Any = _REQUIRED) -> Any:
+    def flag(self, key: str, default: Any = _REQUIRED) -> Any:
         """True or false."""
         return self._typed(key, default, (bool,), "true or false")
 
@@ -102,8 +105,8 @@ class Hub:
         """Raise for keys that nobody read."""
         for key in self.values:
             if key not in self._read and key not in IRRELEVANT and self.values[key] is not None:
-                value = self.values[key]
-                raise ValueError(f"{self.family}: config key {key!r} is not known (value {value!r}): it may change the result")
+                value = f"(value {self.values[key]!r})"
+                raise ValueError(f"{self.family}: config key {key!r} is not known {value}: it may change the result")
 
     # What nearly every family has
 
@@ -120,23 +123,23 @@ class Hub:
         settings = {key: value for key, value in scaling.items() if value is not None}
         kind = settings.pop("type", None)
         settings.setdefault("rope_type", kind or "default")
-        settings.setdefault("rope_theta", self.float("rope_theta", theta))
-        factor = self.float("partial_rotary_factor", None)
+        settings.setdefault("rope_theta", self.number("rope_theta", theta))
+        factor = self.number("partial_rotary_factor", None)
         if factor is not None:
             settings.setdefault("partial_rotary_factor", factor)
-        original = self.int("original_max_position_embeddings", None)
+        original = self.integer("original_max_position_embeddings", None)
         if original is not None and settings["rope_type"] in ("longrope", "yarn", "llama3"):
             settings["original_max_position_embeddings"] = original
         return settings
 
-    def rope(self, head_dim: int, theta: float = 10000.0, partial: float = 1.0, interleaved: bool = False) -> RopeConfig:
+    def rope(self, head_dim: int, theta: float, partial: float = 1.0, interleaved: bool = False) -> RopeConfig:
         """Rotary positions of heads of `head_dim`, `partial` of which is rotated unless the config says otherwise."""
         settings = self.rope_settings(theta)
         share = settings.get("partial_rotary_factor", partial)
-        context = self.int("max_position_embeddings")
+        context = self.integer("max_position_embeddings")
         return rope_config(settings, int(head_dim * share), context, interleaved)
 
     def head_dim(self) -> int:
         """`head_dim`, or the width divided by the number of heads."""
-        width, heads = self.int("hidden_size"), self.int("num_attention_heads")
-        return self.int("head_dim", None) or width // heads
+        width, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
+        return self.integer("head_dim", None) or width // heads

@@ -6,7 +6,7 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import decoder, grouped_attention, rms_norm
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, attention, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
 def _uniform(hub: Hub, key: str, default: Any) -> Any:
@@ -31,9 +31,9 @@ _UNUSED = """
 
 
 def architecture(hub: Hub) -> Architecture:
-    bias = hub.bool("attention_bias", False)
+    bias = hub.flag("attention_bias", False)
     activation = hub.activation()
-    hidden = hub.int("intermediate_size")
+    hidden = hub.integer("intermediate_size")
     hub.require("use_qk_norm", True)
     hub.require("norm_topk_prob", True)
     hub.require("routed_scaling_factor", 1.0)
@@ -51,17 +51,17 @@ def architecture(hub: Hub) -> Architecture:
     hub.require("attention_head_dim", hub.head_dim())
     hub.ignore(*_UNUSED)
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-5),
         attention=grouped_attention(hub, qkv_bias=bias, out_bias=bias, qk_norm="head", norm_after_rope=True),
         router=RouterConfig(
             num_experts=hub.first("num_experts", "num_local_experts"),
-            top_k=_uniform(hub, "moe_topk", None) or hub.int("num_experts_per_tok", 1),
+            top_k=_uniform(hub, "moe_topk", None) or hub.integer("num_experts_per_tok", 1),
         ),
         experts=MLPConfig(hidden=hidden, activation=activation),
         shared=MLPConfig(hidden=hidden, activation=activation),
     )
-    return decoder(hub, block, [LayerConfig(moe=True)] * hub.int("num_hidden_layers"))
+    return decoder(hub, block, [LayerConfig(moe=True)] * hub.integer("num_hidden_layers"))
 
 
 FAMILY = Family(
@@ -70,7 +70,7 @@ FAMILY = Family(
     tensors=trunk()
     | attention("self_attn.", "query_layernorm", "key_layernorm")
     | norms()
-    | {"moe.router": linear(LAYER + "mlp.gate.wg.weight")}
+    | {"moe.router": Tensor(LAYER + "mlp.gate.wg.weight")}
     | mlp("moe", "mlp.experts.{expert}.")
     | mlp("shared", "mlp.shared_mlp."),
 )

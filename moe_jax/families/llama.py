@@ -8,20 +8,18 @@ from .tensors import attention, mlp, norms, trunk
 
 
 def architecture(hub: Hub) -> Architecture:
-    bias = hub.bool("attention_bias", False)
+    bias = hub.flag("attention_bias", False)
     hub.ignore("is_llama_config")
     dense = MLPConfig(
-        hidden=hub.int("intermediate_size"), activation=hub.activation(), bias=hub.bool("mlp_bias", False)
+        hidden=hub.integer("intermediate_size"), activation=hub.activation(), bias=hub.flag("mlp_bias", False)
     )
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-6),
-        attention=grouped_attention(
-            hub, interleaved=hub.bool("rope_interleaved", False), qkv_bias=bias, out_bias=bias
-        ),
+        attention=grouped_attention(hub, interleaved=hub.flag("rope_interleaved", False), qkv_bias=bias, out_bias=bias),
         dense=dense,
     )
-    return decoder(hub, block, [LayerConfig(moe=False)] * hub.int("num_hidden_layers"))
+    return decoder(hub, block, [LayerConfig(moe=False)] * hub.integer("num_hidden_layers"))
 
 
 FAMILY = Family(

@@ -4,11 +4,11 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import decoder, grouped_attention, rms_norm
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, Tensor, attention, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
 def _layers(hub: Hub) -> list[LayerConfig]:
-    count, step = hub.int("num_hidden_layers"), hub.int("interleave_moe_layer_step", 1)
+    count, step = hub.integer("num_hidden_layers"), hub.integer("interleave_moe_layer_step", 1)
     moe = hub.get("moe_layers", None)
     moe = range(step - 1, count, step) if moe is None else moe
     interval = hub.first("no_rope_layer_interval", "nope_layer_interval", default=4)
@@ -17,8 +17,8 @@ def _layers(hub: Hub) -> list[LayerConfig]:
     types = hub.get("layer_types", None) or ["chunked_attention" if r else "full_attention" for r in rotary]
     if len(rotary) < count or len(types) != count or set(types) - {"chunked_attention", "full_attention"}:
         raise ValueError(f"llama4: no_rope_layers {rotary} and layer_types {types} do not fit {count} layers")
-    chunk = hub.int("attention_chunk_size", 8192)
-    floor, scale = hub.float("floor_scale", 8192), hub.float("attn_scale", 0.1)
+    chunk = hub.integer("attention_chunk_size", 8192)
+    floor, scale = hub.number("floor_scale", 8192), hub.number("attn_scale", 0.1)
     tuned = (scale, floor) if hub.get("attn_temperature_tuning", True) else None
     return [
         LayerConfig(
@@ -32,26 +32,26 @@ def _layers(hub: Hub) -> list[LayerConfig]:
 
 
 def architecture(hub: Hub) -> Architecture:
-    bias, activation = hub.bool("attention_bias", False), hub.activation()
-    hidden = hub.int("intermediate_size")
+    bias, activation = hub.flag("attention_bias", False), hub.activation()
+    hidden = hub.integer("intermediate_size")
     hub.ignore("router_jitter_noise", "for_llm_compressor")
-    norm = "l2" if hub.bool("use_qk_norm", True) else None
+    norm = "l2" if hub.flag("use_qk_norm", True) else None
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-5),
         attention=grouped_attention(
             hub, theta=5e5, interleaved=True, qkv_bias=bias, out_bias=bias, qk_norm=norm, norm_after_rope=True
         ),
         router=RouterConfig(
             num_experts=hub.first("num_local_experts", "num_experts", default=16),
-            top_k=hub.int("num_experts_per_tok", 1),
+            top_k=hub.integer("num_experts_per_tok", 1),
             score="sigmoid",
             renormalize=False,
             scale_input=True,
         ),
         experts=MLPConfig(hidden=hidden, activation=activation),
         shared=MLPConfig(hidden=hidden, activation=activation),
-        dense=MLPConfig(hidden=hub.int("intermediate_size_mlp"), activation=activation),
+        dense=MLPConfig(hidden=hub.integer("intermediate_size_mlp"), activation=activation),
     )
     return decoder(hub, block, _layers(hub))
 
@@ -64,10 +64,10 @@ _TENSORS = (
     | mlp("dense", "feed_forward.")
     | mlp("shared", "feed_forward.shared_expert.")
     | {
-        "moe.router": linear(_FORWARD + "router.weight"),
-        "moe.gate": Tensor(_FORWARD + "experts.gate_up_proj", part=(0, 2)),
-        "moe.up": Tensor(_FORWARD + "experts.gate_up_proj", part=(1, 2)),
-        "moe.down": Tensor(_FORWARD + "experts.down_proj"),
+        "moe.router": Tensor(_FORWARD + "router.weight"),
+        "moe.gate": Tensor(_FORWARD + "experts.gate_up_proj", transposed=True, part=(0, 2)),
+        "moe.up": Tensor(_FORWARD + "experts.gate_up_proj", transposed=True, part=(1, 2)),
+        "moe.down": Tensor(_FORWARD + "experts.down_proj", transposed=True),
     }
 )
 LLAMA4_TEXT = Family(model_types=("llama4_text",), architecture=architecture, tensors=_TENSORS)

@@ -4,7 +4,7 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import decoder, grouped_attention, rms_norm
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, Tensor, attention, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
 def architecture(hub: Hub) -> Architecture:
@@ -21,22 +21,20 @@ def architecture(hub: Hub) -> Architecture:
     # Training, next-token prediction, and settings of features that are off.
     hub.ignore("router_jitter_noise", "use_mtp", "num_mtp_modules", "mtp_transformer_layers")
     hub.ignore("shared_moe_mode", "mlp_intermediate_size")
-    rotary = hub.int("rotary_dim", None)
+    rotary = hub.integer("rotary_dim", None)
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-6),
-        attention=grouped_attention(
-            hub, theta=5e6, partial=rotary / hub.head_dim() if rotary else 1.0, qk_norm="full"
-        ),
+        attention=grouped_attention(hub, theta=5e6, partial=rotary / hub.head_dim() if rotary else 1.0, qk_norm="full"),
         router=RouterConfig(
             num_experts=hub.first("num_local_experts", "num_experts"),
-            top_k=hub.int("num_experts_per_tok", 8),
+            top_k=hub.integer("num_experts_per_tok", 8),
             score="sigmoid",
             selection_bias=True,
         ),
-        experts=MLPConfig(hidden=hub.int("intermediate_size"), activation=hub.activation()),
+        experts=MLPConfig(hidden=hub.integer("intermediate_size"), activation=hub.activation()),
     )
-    return decoder(hub, block, [LayerConfig(moe=True)] * hub.int("num_hidden_layers"))
+    return decoder(hub, block, [LayerConfig(moe=True)] * hub.integer("num_hidden_layers"))
 
 
 FAMILY = Family(
@@ -46,7 +44,7 @@ FAMILY = Family(
     | attention()
     | norms()
     | {
-        "moe.router": linear(LAYER + "block_sparse_moe.gate.weight"),
+        "moe.router": Tensor(LAYER + "block_sparse_moe.gate.weight"),
         "moe.selection_bias": Tensor(LAYER + "block_sparse_moe.e_score_correction_bias"),
     }
     | mlp("moe", "block_sparse_moe.experts.{expert}.", "w1", "w3", "w2"),

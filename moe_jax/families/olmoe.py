@@ -4,27 +4,27 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import decoder, grouped_attention, rms_norm
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, attention, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
 def _architecture(hub: Hub, *, epsilon: float, place: str, theta: float, top_k: int, **attention) -> Architecture:
-    bias = hub.bool("attention_bias", False)
+    bias = hub.flag("attention_bias", False)
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, epsilon, place),
         attention=grouped_attention(hub, theta=theta, qkv_bias=bias, out_bias=bias, qk_norm="full", **attention),
         router=RouterConfig(
             num_experts=hub.first("num_experts", "num_local_experts"),
-            top_k=hub.int("num_experts_per_tok", top_k),
-            renormalize=hub.bool("norm_topk_prob", False),
+            top_k=hub.integer("num_experts_per_tok", top_k),
+            renormalize=hub.flag("norm_topk_prob", False),
         ),
-        experts=MLPConfig(hidden=hub.int("intermediate_size"), activation=hub.activation()),
+        experts=MLPConfig(hidden=hub.integer("intermediate_size"), activation=hub.activation()),
     )
-    return decoder(hub, block, [LayerConfig(moe=True)] * hub.int("num_hidden_layers"))
+    return decoder(hub, block, [LayerConfig(moe=True)] * hub.integer("num_hidden_layers"))
 
 
 def olmoe(hub: Hub) -> Architecture:
-    return _architecture(hub, epsilon=1e-5, place="pre", theta=1e4, top_k=8, clip=hub.float("clip_qkv", None))
+    return _architecture(hub, epsilon=1e-5, place="pre", theta=1e4, top_k=8, clip=hub.number("clip_qkv", None))
 
 
 def flex_olmo(hub: Hub) -> Architecture:
@@ -32,10 +32,7 @@ def flex_olmo(hub: Hub) -> Architecture:
 
 
 _TENSORS = (
-    trunk()
-    | attention()
-    | {"moe.router": linear(LAYER + "mlp.gate.weight")}
-    | mlp("moe", "mlp.experts.{expert}.")
+    trunk() | attention() | {"moe.router": Tensor(LAYER + "mlp.gate.weight")} | mlp("moe", "mlp.experts.{expert}.")
 )
 OLMOE = Family(model_types=("olmoe",), architecture=olmoe, tensors=_TENSORS | norms())
 FLEX_OLMO = Family(

@@ -4,26 +4,26 @@ from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, Ro
 from .common import decoder, every_nth, grouped_attention, rms_norm
 from .family import Family
 from .hub import Hub
-from .tensors import LAYER, attention, linear, mlp, norms, trunk
+from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
 def architecture(hub: Hub) -> Architecture:
-    bias = hub.bool("attention_bias", False)
+    bias = hub.flag("attention_bias", False)
     block = BlockConfig(
-        width=hub.int("hidden_size"),
+        width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-6),
         attention=grouped_attention(hub, qkv_bias=bias, out_bias=bias, qk_norm="head"),
         router=RouterConfig(
             num_experts=hub.first("num_experts", "num_local_experts"),
-            top_k=hub.int("num_experts_per_tok", 8),
-            renormalize=hub.bool("norm_topk_prob", False),
+            top_k=hub.integer("num_experts_per_tok", 8),
+            renormalize=hub.flag("norm_topk_prob", False),
         ),
-        experts=MLPConfig(hidden=hub.int("moe_intermediate_size"), activation=hub.activation()),
-        dense=MLPConfig(hidden=hub.int("intermediate_size"), activation=hub.activation()),
+        experts=MLPConfig(hidden=hub.integer("moe_intermediate_size"), activation=hub.activation()),
+        dense=MLPConfig(hidden=hub.integer("intermediate_size"), activation=hub.activation()),
     )
-    window = hub.int("sliding_window", None)
+    window = hub.integer("sliding_window", None)
     hub.ignore("max_window_layers")  # where windows are on, they are on in every layer
-    window = window if hub.bool("use_sliding_window", False) else None
+    window = window if hub.flag("use_sliding_window", False) else None
     return decoder(hub, block, [LayerConfig(moe=moe, window=window) for moe in every_nth(hub)])
 
 
@@ -34,6 +34,6 @@ FAMILY = Family(
     | attention()
     | norms()
     | mlp("dense", "mlp.")
-    | {"moe.router": linear(LAYER + "mlp.gate.weight")}
+    | {"moe.router": Tensor(LAYER + "mlp.gate.weight")}
     | mlp("moe", "mlp.experts.{expert}."),
 )

@@ -10,22 +10,17 @@ LAYER = "model.layers.{layer}."
 class Tensor:
     """Where a parameter lives in a checkpoint.
 
-    `name` may hold `{layer}` and `{expert}`. `linear`: stored `[out, in]` as torch's Linear does, against our
-    `[in, out]` (leading expert axes aside). `part = (index, count)`: the parameter is one of `count` parts along the
+    `name` may hold `{layer}` and `{expert}`. Kernels are stored `[out, in]`, as torch's Linear does and as we do;
+    `transposed`: this one is `[in, out]`. `part = (index, count)`: the parameter is one of `count` parts along the
     output axis, in blocks, or alternating if `interleaved` (gpt-oss's gate and up). `leading_one`: stored with an
     axis of length one in front.
     """
 
     name: str
-    linear: bool = False
+    transposed: bool = False
     part: tuple[int, int] = (0, 1)
     interleaved: bool = False
     leading_one: bool = False
-
-
-def linear(name: str) -> Tensor:
-    """A torch Linear's weight, `[out, in]` on disk."""
-    return Tensor(name, linear=True)
 
 
 Table = Mapping[str, Tensor]
@@ -46,10 +41,10 @@ def attention(prefix: str = "self_attn.", query_norm: str = "q_norm", key_norm: 
     """Query, key, value and output projections with biases, query/key norms and sinks."""
     at = LAYER + prefix
     return {
-        "attention.q": linear(at + "q_proj.weight"),
-        "attention.k": linear(at + "k_proj.weight"),
-        "attention.v": linear(at + "v_proj.weight"),
-        "attention.o": linear(at + "o_proj.weight"),
+        "attention.q": Tensor(at + "q_proj.weight"),
+        "attention.k": Tensor(at + "k_proj.weight"),
+        "attention.v": Tensor(at + "v_proj.weight"),
+        "attention.o": Tensor(at + "o_proj.weight"),
         "attention.q_bias": Tensor(at + "q_proj.bias"),
         "attention.k_bias": Tensor(at + "k_proj.bias"),
         "attention.v_bias": Tensor(at + "v_proj.bias"),
@@ -64,16 +59,16 @@ def latent_attention(prefix: str = "self_attn.") -> dict[str, Tensor]:
     """Multi-head latent attention under DeepSeek's names."""
     at = LAYER + prefix
     return {
-        "attention.q": linear(at + "q_proj.weight"),
-        "attention.q_down": linear(at + "q_a_proj.weight"),
+        "attention.q": Tensor(at + "q_proj.weight"),
+        "attention.q_down": Tensor(at + "q_a_proj.weight"),
         "attention.q_down_bias": Tensor(at + "q_a_proj.bias"),
         "attention.q_latent_norm": Tensor(at + "q_a_layernorm.weight"),
-        "attention.q_up": linear(at + "q_b_proj.weight"),
-        "attention.kv_down": linear(at + "kv_a_proj_with_mqa.weight"),
+        "attention.q_up": Tensor(at + "q_b_proj.weight"),
+        "attention.kv_down": Tensor(at + "kv_a_proj_with_mqa.weight"),
         "attention.kv_down_bias": Tensor(at + "kv_a_proj_with_mqa.bias"),
         "attention.kv_latent_norm": Tensor(at + "kv_a_layernorm.weight"),
-        "attention.kv_up": linear(at + "kv_b_proj.weight"),
-        "attention.o": linear(at + "o_proj.weight"),
+        "attention.kv_up": Tensor(at + "kv_b_proj.weight"),
+        "attention.o": Tensor(at + "o_proj.weight"),
         "attention.o_bias": Tensor(at + "o_proj.bias"),
     }
 
@@ -92,5 +87,5 @@ def mlp(group: str, prefix: str, gate="gate_proj", up="up_proj", down="down_proj
     """A gated MLP (or each expert, where `prefix` holds `{expert}`) as parameters `group.gate` and so on."""
     at = LAYER + prefix
     kernels = {"gate": gate, "up": up, "down": down}
-    table = {f"{group}.{ours}": linear(f"{at}{theirs}.weight") for ours, theirs in kernels.items()}
+    table = {f"{group}.{ours}": Tensor(f"{at}{theirs}.weight") for ours, theirs in kernels.items()}
     return table | {f"{group}.{ours}_bias": Tensor(f"{at}{theirs}.bias") for ours, theirs in kernels.items()}

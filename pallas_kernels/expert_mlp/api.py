@@ -1,5 +1,7 @@
 """The expert MLP operation: signatures, checks and choice of implementation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -113,12 +115,18 @@ def capacity_mlp(
 
 
 def prepare(experts: Experts, implementation: str | None = None) -> Experts:
-    """The same experts in the storage that `implementation` prefers; made once, when a model is loaded.
+    """The same experts in the storage that `implementation` prefers; made once, when weights are made or loaded.
 
-    The XLA implementations read the plain layout, so this returns `experts` itself.
+    `xla_tiles` reads kernels with the contraction last, the layout of checkpoints; `xla_ragged` the plain one.
+    Experts that are in that storage are returned as they are.
     """
     OPERATION.choose(implementation)
-    return experts
+    layout = "in_out" if implementation == "xla_ragged" else "out_in"
+    if experts.layout == layout:
+        return experts
+    swapped = {n: getattr(experts, n) for n in ("gate", "up", "down")}
+    swapped = {n: None if w is None else jnp.swapaxes(w, -1, -2) for n, w in swapped.items()}
+    return dataclasses.replace(experts, **swapped, layout=layout)
 
 
 def _check(x, ids, weights, experts, plan):

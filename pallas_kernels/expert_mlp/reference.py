@@ -8,15 +8,17 @@ from ..experts import Experts
 
 def expert(x: jax.Array, weights: Experts) -> jax.Array:
     """One expert (`weights` without expert axis) on rows `x [rows, D]`; products accumulate in float32."""
-    up = _product(x, weights.up, weights.up_bias)
-    gate = None if weights.gate is None else _product(x, weights.gate, weights.gate_bias)
+
+    def product(x, kernel, bias):
+        # The transpose is written out: XLA on a CPU then fuses it with the slice that took the kernel from its stack.
+        kernel = kernel.T if weights.layout == "out_in" else kernel
+        y = jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        return y if bias is None else y + bias
+
+    up = product(x, weights.up, weights.up_bias)
+    gate = None if weights.gate is None else product(x, weights.gate, weights.gate_bias)
     hidden = weights.activation(gate, up).astype(x.dtype)
-    return _product(hidden, weights.down, weights.down_bias).astype(x.dtype)
-
-
-def _product(x, kernel, bias):
-    y = jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
-    return y if bias is None else y + bias
+    return product(hidden, weights.down, weights.down_bias).astype(x.dtype)
 
 
 def combine(rows: jax.Array, slot: jax.Array, weights: jax.Array, dtype) -> jax.Array:

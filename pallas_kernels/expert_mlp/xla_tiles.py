@@ -17,9 +17,18 @@ def routed_mlp(x, ids, weights, experts, plan, first):
 
 
 def tile_rows(rows: int, num_experts: int) -> int:
-    """Rows per tile: about twice the mean rows per expert, between 1 and 64."""
-    mean = max(1, rows // num_experts)
-    return min(64, 1 << (2 * mean - 1).bit_length()) if rows > num_experts // 8 else 1
+    """Rows per tile for `rows` routed rows (measured on a CPU: docs/decisions.md).
+
+    Few rows per expert: one row a tile, whose products read the weights in place. Then tiles that hold nearly every
+    expert's rows at once, since each further tile copies the expert's weights again; at most 128, which fill the
+    cache.
+    """
+    mean = rows / num_experts
+    if mean <= 2:
+        return 1
+    if mean <= 6:
+        return 8
+    return min(128, -(-int(1.25 * mean) // 16) * 16)
 
 
 def _take(experts, index):

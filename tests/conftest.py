@@ -1,0 +1,27 @@
+"""Eight emulated devices, checked annotations, and the golden checkpoints, for every test."""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+os.environ["XDG_CACHE_HOME"] = "/nonexistent"  # no test reads or fills the user's cache
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The modules whose functions take arrays; beside them, wrong values are the tests' own business.
+_ARRAYS = "attention block cache decoder generation linear model moe norm rope sampling".split()
+_HOOK = install_import_hook(["pallas_kernels", *(f"moe_jax.{name}" for name in _ARRAYS)], "beartype.beartype")
+
+
+def golden_cases() -> list[str]:
+    """Names of the stored checkpoints that this library supports."""
+    unsupported = {"switch_transformers", "jetmoe"}  # test_families checks that they are refused
+    return sorted(p.name for p in (GOLDEN / "hf").iterdir() if p.is_dir() and p.name not in unsupported)
