@@ -4,16 +4,22 @@ from ._version import __version__
 from .config import ModelConfig
 from .generation import Generated, generate, stream
 from .model import Model, Record
+from .moe import MoE
 from .pretrained import load_pretrained, save_pretrained
+from .router import Routing
+from .upcycle import upcycle
 
 __all__ = [
     "Generated",
+    "MoE",
     "Model",
     "ModelConfig",
     "Record",
+    "Routing",
     "__version__",
     "generate",
     "load_pretrained",
     "save_pretrained",
     "stream",
+    "upcycle",
 ]

@@ -130,7 +130,8 @@ def attend(
 
 def _in_blocks(run, q, mask):
     """`run` on all queries at once, or block by block where their scores would not fit."""
-    batch, total, size = *q.shape[:2], max(1, _PAIRS // mask.shape[-1])
+    batch, total = q.shape[:2]
+    size = max(1, _PAIRS // mask.shape[-1])
     if total <= size or total % size:
         return run(q, mask)
     q, mask = (jnp.moveaxis(t.reshape(batch, total // size, size, *t.shape[2:]), 1, 0) for t in (q, mask))

@@ -12,21 +12,25 @@ from pallas_kernels import Activation, Experts
 from pallas_kernels.dims import Array as AnyArray
 
 from .attention import Span, Varying, attend, project, visible
-from .block_config import BlockConfig, RouterConfig
+from .block_config import BlockConfig
 from .cache import read_entries, write_entries
 from .linear import linear
 from .norm import norm
+from .router import choose
 from .weights import Weights
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What an MoE layer's router did: logits `[G, E]`, ids (-1: the token took no expert) and weights `[G, A]`."""
+    """What an MoE layer's router did: logits `[G, E]`, ids (-1: the token took no expert) and weights `[G, A]`.
 
-    logits: Float[Array, "G E"]
-    ids: Int[Array, "G A"]
-    weights: Float[Array, "G A"]
+    In a `Trace` all MoE layers are stacked in front.
+    """
+
+    logits: Float[Array, "*Lm G E"]
+    ids: Int[Array, "*Lm G A"]
+    weights: Float[Array, "*Lm G A"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +133,11 @@ def moe(
         forced = forced.reshape(rows.shape[0], -1)
     with jax.named_scope("router"):
         own = take({name: group[name] for name in _ROUTER if name in group}, index)
-        logits, ids, gates = route(config.router, own, rows, forced)
+        logits, ids, gates = choose(config.router, own, rows, forced)
         ids = jnp.where(request.real.reshape(-1, 1), ids, -1)
     stacks = {name: group[name] for name in group if name not in _ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
-    y = run_experts(config.router, rows, ids, gates, experts, index, request.implementation)
+    y = run_experts(config.router.scale_input, rows, ids, gates, experts, index, request.implementation)
     if config.shared is not None:
         own = take(weights["shared"], index)
         beside = mlp(config.shared.activation, own, rows)
@@ -146,29 +150,9 @@ def moe(
 _ROUTER = ("router", "router_bias", "selection_bias")
 
 
-def route(config: RouterConfig, weights: dict[str, Array], rows: Float[Array, "G D"], forced: Array | None = None):
-    """Router logits `[G, E]` in float32, chosen ids and weights `[G, A]`."""
-    logits = jnp.matmul(rows, weights["router"].T, preferred_element_type=jnp.float32)
-    if config.logit_bias:
-        logits = logits + weights["router_bias"].astype(jnp.float32)
-    ids, gates, _ = pallas_kernels.route(
-        logits,
-        config.top_k,
-        config.score,
-        config.renormalize,
-        weights.get("selection_bias"),
-        config.groups,
-        config.top_groups,
-        config.scale,
-        config.jitter,
-        forced,
-    )
-    return logits, ids, gates
-
-
-def run_experts(config: RouterConfig, rows, ids, gates, experts, layer, implementation):
+def run_experts(scale_input: bool, rows, ids, gates, experts, layer=None, implementation=None):
     """The routed MLP, or with the weights on the experts' inputs where the router says so."""
-    if not config.scale_input:
+    if not scale_input:
         return pallas_kernels.routed_mlp(rows, ids, gates, experts, layer=layer, implementation=implementation)
     scaled = (rows[:, None] * gates[..., None].astype(rows.dtype)).reshape(-1, rows.shape[-1])
     ones = jnp.ones((ids.size, 1), gates.dtype)

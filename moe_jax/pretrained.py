@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checkpoint.gguf_llama import GGUFCheckpoint
 from .checkpoint.hub import resolve
 from .checkpoint.load import load_weights
 from .checkpoint.save import write_weights
-from .checkpoint.source import Checkpoint
+from .checkpoint.source import Checkpoint, TensorSource
 from .config import ModelConfig
 from .model import Model
 
@@ -27,7 +28,7 @@ def load_pretrained(
     mesh: Any = None,
     implementation: str | Mapping[str, str] | None = None,
 ) -> Model:
-    """Load a model from a folder with `config.json` and safetensors, or from the hub by id.
+    """Load a model from a folder with `config.json` and safetensors, from the hub by id, or a Llama `.gguf` file.
 
     Args: `dtype`: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU. `mesh`: None; sharded
     loading is not there yet. `implementation`: name of the expert MLP's implementation, or a mapping from operation
@@ -45,18 +46,30 @@ def load_pretrained(
     if mesh is not None:
         raise ValueError("mesh: sharded loading is not supported yet; load without a mesh")
     dtype = _dtype(dtype)
-    folder = resolve(path_or_id)
-    config = ModelConfig.from_json_file(folder / "config.json")
-    checkpoint = Checkpoint(folder, config.text if "quantization_config" in config.text else config.hub)
+    if os.fspath(path_or_id).endswith(".gguf"):
+        checkpoint: TensorSource = GGUFCheckpoint(Path(path_or_id))
+        config, generation = ModelConfig(checkpoint.config), None
+    else:
+        folder = resolve(path_or_id)
+        config, generation = ModelConfig.from_json_file(folder / "config.json"), _settings(folder)
+        checkpoint = Checkpoint(folder, config.text if "quantization_config" in config.text else config.hub)
     try:
         weights, ignored = load_weights(checkpoint, config, dtype)
     finally:
         checkpoint.close()
     if ignored:
-        _log.info("%s: %d tensors are not needed: %s", folder, len(ignored), ", ".join(ignored))
-    generation = folder / "generation_config.json"
-    settings = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else None
-    return Model(config, weights, settings, implementation)
+        _log.info("%s: %d tensors are not needed: %s", path_or_id, len(ignored), ", ".join(ignored))
+    return Model(config, weights, generation, implementation)
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"{path}: not a JSON file ({error})") from error
 
 
 def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int = 5 * 10**9) -> None:

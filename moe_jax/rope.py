@@ -147,7 +147,8 @@ def rotation(
     rope: RopeConfig, positions: Int[Array, "B T"], length: Int[Array, ""] | int
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """Cosine and sine per position and frequency, float32; `length`: tokens of the longest row, for LongRoPE."""
-    frequencies, factor = jnp.asarray(rope.frequencies, jnp.float32), rope.factor
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    factor: Array | float = rope.factor
     if rope.long_frequencies is not None:
         long = length > rope.switch_length
         frequencies = jnp.where(long, jnp.asarray(rope.long_frequencies, jnp.float32), frequencies)

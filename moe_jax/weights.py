@@ -5,6 +5,7 @@ from typing import Any
 
 from .block_config import Architecture, AttentionConfig, BlockConfig, MLPConfig
 
+Shapes = dict[str, tuple[int, ...]]
 #: Nested dictionary of arrays: `tree["attention"]["q"]` is the parameter "attention.q".
 Weights = dict[str, Any]
 
@@ -57,13 +58,13 @@ def _stack(table, layers, shapes, experts=0):
         table[name] = Parameter((*lead, *shape), layers, experts, inputs)
 
 
-def _norm(block: BlockConfig) -> dict[str, tuple[int, ...]]:
-    shapes = {"scale": (block.width,)}
+def _norm(block: BlockConfig) -> Shapes:
+    shapes: Shapes = {"scale": (block.width,)}
     return shapes | ({"bias": (block.width,)} if block.norm.kind == "layer" else {})
 
 
-def _mlp(mlp: MLPConfig, width: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"up": (mlp.hidden, width), "down": (width, mlp.hidden)}
+def _mlp(mlp: MLPConfig, width: int) -> Shapes:
+    shapes: Shapes = {"up": (mlp.hidden, width), "down": (width, mlp.hidden)}
     if mlp.activation.gated:
         shapes["gate"] = shapes["up"]
     if mlp.bias:
@@ -73,7 +74,7 @@ def _mlp(mlp: MLPConfig, width: int) -> dict[str, tuple[int, ...]]:
 
 def _moe(table: dict[str, Parameter], block: BlockConfig, layers: tuple[int, ...]) -> None:
     router = block.router
-    per_layer = {"moe.router": (router.num_experts, block.width)}
+    per_layer: Shapes = {"moe.router": (router.num_experts, block.width)}
     if router.logit_bias:
         per_layer["moe.router_bias"] = (router.num_experts,)
     if router.selection_bias:
@@ -87,9 +88,9 @@ def _moe(table: dict[str, Parameter], block: BlockConfig, layers: tuple[int, ...
     _stack(table, layers, experts, router.num_experts)
 
 
-def _attention(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]]:
+def _attention(config: AttentionConfig, width: int) -> Shapes:
     heads, kv_heads, head, value = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
-    shapes = {"o": (width, heads, value)}
+    shapes: Shapes = {"o": (width, heads, value)}
     if config.out_bias:
         shapes["o_bias"] = (width,)
     if config.sinks:
@@ -106,9 +107,9 @@ def _attention(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]
     return shapes
 
 
-def _latent(config: AttentionConfig, width: int) -> dict[str, tuple[int, ...]]:
+def _latent(config: AttentionConfig, width: int) -> Shapes:
     latent, heads = config.latent, config.num_heads
-    shapes = {
+    shapes: Shapes = {
         "kv_down": (latent.rank + latent.rotary_dim, width),
         "kv_latent_norm": (latent.rank,),
         "kv_up": (heads, latent.plain_dim + config.value_dim, latent.rank),
@@ -137,7 +138,7 @@ def nested(flat: dict[str, Any]) -> Weights:
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The inverse of `nested`."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= flattened(value, f"{prefix}{name}.")

@@ -15,14 +15,14 @@ from ..config import ModelConfig
 from ..weights import Weights, nested, parameters
 from .layout import Piece, from_disk, pieces
 from .quantized import convert
-from .source import Checkpoint
+from .source import TensorSource
 
 #: Steers the choice of experts by differences far below bfloat16's resolution.
 _KEEP_FLOAT32 = ("moe.selection_bias",)
 _THREADS = 4
 
 
-def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: Any) -> tuple[Weights, list[str]]:
+def load_weights(checkpoint: TensorSource, config: ModelConfig, dtype: Any) -> tuple[Weights, list[str]]:
     """All parameters in `dtype`, and the names of tensors that were left out because the family ignores them.
 
     Every stack is allocated once and filled in place, so that host memory holds the model, the stack in work and a
@@ -46,7 +46,7 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: Any) -> tup
     return nested(weights), ignored
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig, plan: list[Piece]) -> list[str]:
+def _check(checkpoint: TensorSource, config: ModelConfig, plan: list[Piece]) -> list[str]:
     """Compare names and shapes with what is on disk, before reading anything."""
     found, wanted = checkpoint.tensors, {piece.name: piece.disk_shape for piece in plan}
     missing = sorted(set(wanted) - set(found))

@@ -24,7 +24,7 @@ def write_weights(folder: Path, config: ModelConfig, weights: Weights, max_shard
     if len(shards) == 1:
         write_file(folder / "model.safetensors", shards[0], _arrays(shards[0], tensors, flat))
         return
-    index = {}
+    index: dict[str, str] = {}
     for number, layout in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file(folder / name, layout, _arrays(layout, tensors, flat))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,19 @@ class Stored:
     kind: str
     dtype: str
     nbytes: int
+
+
+class TensorSource(Protocol):
+    """What the loader reads from: named tensors with shapes, one at a time."""
+
+    folder: Path
+    tensors: dict[str, Stored]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+
+    def close(self) -> None:
+        """No more reading."""
 
 
 class Checkpoint:

@@ -1,7 +1,7 @@
 """Pieces of architecture that many families share."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..block_config import (
     Architecture,
@@ -29,7 +29,7 @@ def decoder(hub: Hub, block: BlockConfig, layers: Sequence[LayerConfig], **optio
     )
 
 
-def rms_norm(hub: Hub, default: float, place: str = "pre") -> NormConfig:
+def rms_norm(hub: Hub, default: float, place: Literal["pre", "post"] = "pre") -> NormConfig:
     """RMSNorm with the config's epsilon."""
     return NormConfig(kind="rms", epsilon=hub.number("rms_norm_eps", default), place=place)
 

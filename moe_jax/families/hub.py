@@ -49,7 +49,8 @@ class Hub:
     """
 
     def __init__(self, values: Mapping[str, Any], family: str):
-        self.values, self.family, self._read = dict(values), family, set()
+        self.values, self.family = dict(values), family
+        self._read: set[str] = set()
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value of `key` as it stands; null counts as unset. Without default the key is required."""

@@ -1,5 +1,7 @@
 """OLMoE (arXiv:2409.02060) and FlexOlmo (arXiv:2507.07024): norms over all query and all key heads together."""
 
+from typing import Literal
+
 from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, RouterConfig
 from .common import decoder, grouped_attention, rms_norm
 from .family import Family
@@ -7,7 +9,9 @@ from .hub import Hub
 from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
 
-def _architecture(hub: Hub, *, epsilon: float, place: str, theta: float, top_k: int, **attention) -> Architecture:
+def _architecture(
+    hub: Hub, *, epsilon: float, place: Literal["pre", "post"], theta: float, top_k: int, **attention
+) -> Architecture:
     bias = hub.flag("attention_bias", False)
     block = BlockConfig(
         width=hub.integer("hidden_size"),

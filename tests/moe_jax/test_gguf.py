@@ -6,7 +6,8 @@ import struct
 import numpy as np
 import pytest
 
-from moe_jax.gguf import GGUFFile, llama_checkpoint
+from moe_jax.checkpoint.gguf import GGUFFile
+from moe_jax.checkpoint.gguf_llama import llama_checkpoint
 
 NUMBERS = {
     "F32": 0,

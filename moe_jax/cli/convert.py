@@ -1,0 +1,33 @@
+"""`moe-jax convert`: a model into a Hugging Face folder, with its tokenizer; dense models upcycled on request."""
+
+import argparse
+
+from ..demo import fetch_demo
+from ..pretrained import save_pretrained
+from ..upcycle import upcycle
+from .common import add_model, load, load_tokenizer_of, note
+
+EXAMPLE = "moe-jax convert --model model.gguf --upcycle 4 --top-k 2 --output smollm2-moe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    add_model(parser)
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
+    parser.add_argument("--upcycle", type=int, metavar="E", help="make E experts out of each dense MLP of a Llama")
+    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token of the upcycled model")
+    parser.add_argument("--seed", type=int, default=0, help="of the upcycled routers")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Load, convert, write."""
+    model, _ = load(options, tokenizer=False)
+    if options.upcycle is not None:
+        model = upcycle(model, options.upcycle, options.top_k, options.seed)
+    save_pretrained(model, options.output)
+    try:
+        load_tokenizer_of(options.model or str(fetch_demo())).save(options.output)
+    except OSError as error:
+        note(f"no tokenizer written: {error}")
+    note(f"wrote {model.config!r} to {options.output}")
+    return 0

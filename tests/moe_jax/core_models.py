@@ -1,0 +1,35 @@
+"""What the tests of the core share: golden checkpoints loaded once, and programs that compile faster."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+import moe_jax
+from moe_jax import Model
+
+
+def folder(case: str) -> Path:
+    return GOLDEN / "hf" / case
+
+
+@functools.cache
+def golden_model(case: str, dtype: str = "float32") -> Model:
+    return moe_jax.load_pretrained(folder(case), dtype=dtype)
+
+
+@functools.cache
+def golden_arrays(case: str) -> dict[str, np.ndarray]:
+    with np.load(folder(case) / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile():
+    """Machine code without LLVM's optimisations, in the modules that import this: compiling is most of their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
