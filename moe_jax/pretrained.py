@@ -46,9 +46,10 @@ def load_pretrained(
     if mesh is not None:
         raise ValueError("mesh: sharded loading is not supported yet; load without a mesh")
     dtype = _dtype(dtype)
+    checkpoint: TensorSource
     if os.fspath(path_or_id).endswith(".gguf"):
-        checkpoint: TensorSource = GGUFCheckpoint(Path(path_or_id))
-        config, generation = ModelConfig(checkpoint.config), None
+        gguf = GGUFCheckpoint(Path(path_or_id))
+        config, generation, checkpoint = ModelConfig(gguf.config), None, gguf
     else:
         folder = resolve(path_or_id)
         config, generation = ModelConfig.from_json_file(folder / "config.json"), _settings(folder)

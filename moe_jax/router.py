@@ -120,7 +120,8 @@ def describe(
     keep = real if capacity is None else real & (position < capacity)
     taking = real.any(-1)
     aux_loss, z_loss = _losses(config, logits, counts, taking)
-    return Routing(jnp.asarray(ids), jnp.asarray(weights), keep, position, counts, aux_loss, z_loss, capacity)
+    ids, weights, keep = (jnp.asarray(a) for a in (ids, weights, keep))
+    return Routing(ids, weights, keep, position, counts, aux_loss, z_loss, capacity)
 
 
 def _losses(config, logits, counts, taking):

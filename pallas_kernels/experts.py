@@ -33,7 +33,7 @@ class Experts:
     gate_bias: Any = None
     up_bias: Any = None
     down_bias: Any = None
-    activation: Activation | str = "swiglu"
+    activation: Any = "swiglu"  # an Activation once built
     layout: str = "in_out"
 
     def __post_init__(self):

@@ -133,8 +133,13 @@ class GGUFFile:
         Raises ValueError where the file has no such tensor or its type is not supported.
         Source: the dequantize_row functions of ggml-quants.c; results are equal bit for bit.
 
-        >>> GGUFFile("model.gguf").read("output_norm.weight").shape  # doctest: +SKIP
-        (576,)
+        >>> import tempfile, pathlib
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "one.gguf"
+        >>> table = struct.pack("<Q1sIQIQ", 1, b"x", 1, 2, 0, 0)  # tensor "x" of shape [2], float32, at the beginning
+        >>> file = (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + table).ljust(64, bytes(1))
+        >>> _ = path.write_bytes(file + struct.pack("<2f", 1.5, -2.0))
+        >>> GGUFFile(path).read("x").tolist()
+        [1.5, -2.0]
         """
         if name not in self.tensors:
             raise ValueError(f"{self.path}: no tensor {name!r} among its {len(self.tensors)}")

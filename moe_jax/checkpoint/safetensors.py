@@ -92,7 +92,7 @@ class TensorFile:
         raw = np.empty(entry.nbytes, np.uint8)
         done = 0
         while done < entry.nbytes:
-            got = os.preadv(self._descriptor, [memoryview(raw)[done:]], entry.offset + done)
+            got = os.preadv(self._descriptor, [memoryview(raw.data)[done:]], entry.offset + done)
             if got == 0:
                 raise OSError(f"{self.path}: ends in the middle of tensor {name!r}")
             done += got

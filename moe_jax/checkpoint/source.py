@@ -83,6 +83,7 @@ class Checkpoint:
             raise OSError(f"{self.folder}: shards lack tensors that the index puts there: {', '.join(wrong)}")
 
     def _present(self) -> dict[str, Stored]:
+        self._refuse_unscaled()
         tensors = {}
         for name, file in self._where.items():
             entry = file.entries[name]
@@ -99,6 +100,13 @@ class Checkpoint:
             else:
                 tensors[name] = Stored(entry.shape, "plain", entry.dtype, entry.nbytes)
         return tensors
+
+    def _refuse_unscaled(self) -> None:
+        """FP8 values mean nothing without their factors."""
+        eights = [name for name, file in self._where.items() if file.entries[name].dtype.startswith("F8")]
+        alone = sorted(n for n in eights if n.removesuffix("weight") + "weight_scale_inv" not in self._where)
+        if alone:
+            raise OSError(f"{self.folder}: FP8 tensors without their weight_scale_inv: {', '.join(alone)}")
 
     def read(self, name: str) -> np.ndarray:
         """A tensor, widened to float32 where it is stored quantised."""

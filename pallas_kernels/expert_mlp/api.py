@@ -41,15 +41,14 @@ def routed_mlp(
     >>> routed_mlp(jnp.ones((1, 4)), jnp.array([[0, 7]]), jnp.array([[0.5, 0.5]]), doubling).tolist()
     [[1.0, 1.0, 1.0, 1.0]]
     """
-    x, ids, weights = jnp.asarray(x), jnp.asarray(ids, jnp.int32), jnp.asarray(weights)
-    _check(x, ids, weights, experts, plan)
+    x, ids, weights = _check(x, ids, weights, experts, plan)
     if experts.stacked != (layer is not None):
         need = "needs" if experts.stacked else "takes no"
         raise ValueError(f"layer: experts of shape {experts.up.shape} {need} layer index, got {layer}")
-    if x.shape[0] == 0 or ids.shape[1] == 0:
+    run = OPERATION.choose(implementation)
+    if ids.size == 0:
         return jnp.zeros_like(x)
     first = 0 if layer is None else jnp.asarray(layer, jnp.int32) * experts.num_experts
-    run = OPERATION.choose(implementation)
     with jax.named_scope("expert_mlp"):
         return run(x, ids, weights, experts, plan, first)
 
@@ -103,13 +102,14 @@ def capacity_mlp(
     >>> capacity_mlp(jnp.ones((2, 2)), one, one + 1.0, jnp.array([[0], [1]]), experts, capacity=1).tolist()
     [[1.0, 1.0], [0.0, 0.0]]
     """
-    x, ids, weights = jnp.asarray(x), jnp.asarray(ids, jnp.int32), jnp.asarray(weights)
-    _check(x, ids, weights, experts, None)
+    x, ids, weights = _check(x, ids, weights, experts, None)
     if experts.stacked or capacity < 1 or position.shape != ids.shape:
         raise ValueError(
             f"capacity_mlp takes one layer's experts, capacity >= 1 and a position per choice; got experts "
             f"{experts.up.shape}, capacity {capacity}, position {position.shape} for ids {ids.shape}"
         )
+    if ids.size == 0:
+        return jnp.zeros_like(x)
     with jax.named_scope("expert_mlp"):
         return xla_capacity.capacity_mlp(x, ids, weights, jnp.asarray(position), experts, capacity)
 
@@ -130,9 +130,15 @@ def prepare(experts: Experts, implementation: str | None = None) -> Experts:
 
 
 def _check(x, ids, weights, experts, plan):
+    """The operands as JAX arrays, if they fit each other."""
+    x, ids, weights = jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights)
+    for name, array, kind in (("x", x, jnp.floating), ("ids", ids, jnp.integer), ("weights", weights, jnp.floating)):
+        if not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{name}: dtype {array.dtype}, expected {kind.__name__}")
     if x.ndim != 2 or x.shape[1] != experts.width:
         raise ValueError(f"x: shape {x.shape}, expected [G, {experts.width}] for experts of shape {experts.up.shape}")
     if ids.ndim != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
         raise ValueError(f"ids and weights: shapes {ids.shape} and {weights.shape}, expected [{x.shape[0]}, A] both")
     if plan is not None and plan.slot.shape != ids.shape:
         raise ValueError(f"plan: made for ids of shape {plan.slot.shape}, got {ids.shape}")
+    return x, ids.astype(jnp.int32), weights

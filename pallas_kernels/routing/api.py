@@ -1,5 +1,6 @@
 """The routing operation: signature, checks and choice of implementation."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
@@ -43,6 +44,8 @@ def route(
     """
     if logits.ndim != 2:
         raise ValueError(f"logits: expected shape [G, E], got {logits.shape}")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits: dtype {logits.dtype}, expected floating")
     experts = logits.shape[1]
     if not 1 <= k <= experts:
         raise ValueError(f"k: {k} experts per token out of {experts}")

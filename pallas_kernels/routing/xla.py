@@ -30,7 +30,7 @@ _TINY = 1e-20
 
 def _keep_best_groups(ranked, groups, top_groups, best):
     """Minus infinity outside the `top_groups` groups whose `best` highest entries sum highest."""
-    grouped = ranked.reshape(ranked.shape[0], groups, -1)
+    grouped = ranked.reshape(ranked.shape[0], groups, ranked.shape[1] // groups)
     group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
     _, kept = jax.lax.top_k(group_scores, top_groups)
     keep = jnp.zeros(group_scores.shape, bool).at[jnp.arange(ranked.shape[0])[:, None], kept].set(True)

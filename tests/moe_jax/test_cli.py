@@ -1,6 +1,7 @@
 """The command line, on a tiny model with a tiny tokenizer."""
 
 import json
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -51,7 +51,8 @@ def oracle(x, ids, weights, experts, layer=None, wide=np.float64, narrow=None):
         return value if narrow is None else value.astype(narrow).astype(wide)
 
     def product(row, kernel, bias, e):
-        y = row @ (kernel[e].T if experts.layout == "out_in" else kernel[e])
+        kernel = kernel[e].T if experts.layout == "out_in" else kernel[e]
+        y = np.add.accumulate(row[:, None] * kernel)[-1]  # term by term: the plain order of accumulation
         return y if bias is None else y + bias[e]
 
     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
