@@ -132,11 +132,16 @@ def _in_blocks(run, q, mask):
     """`run` on all queries at once, or block by block where their scores would not fit."""
     batch, total = q.shape[:2]
     size = max(1, _PAIRS // mask.shape[-1])
-    if total <= size or total % size:
+    if total <= size:
         return run(q, mask)
-    q, mask = (jnp.moveaxis(t.reshape(batch, total // size, size, *t.shape[2:]), 1, 0) for t in (q, mask))
-    mixed = jnp.moveaxis(jax.lax.map(lambda pair: run(*pair), (q, mask)), 0, 1)
-    return mixed.reshape(batch, total, *mixed.shape[3:])
+    blocks = -(-total // size)
+
+    def cut(t):
+        t = jnp.pad(t, [(0, 0), (0, blocks * size - total)] + [(0, 0)] * (t.ndim - 2))
+        return jnp.moveaxis(t.reshape(batch, blocks, size, *t.shape[2:]), 1, 0)
+
+    mixed = jnp.moveaxis(jax.lax.map(lambda pair: run(*pair), (cut(q), cut(mask))), 0, 1)
+    return mixed.reshape(batch, blocks * size, *mixed.shape[3:])[:, :total]
 
 
 def _probabilities(config, scores, mask, sinks):

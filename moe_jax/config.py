@@ -1,5 +1,6 @@
 """`ModelConfig`: a hub `config.json`, validated and translated."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,16 @@ class ModelConfig:
         reader = Hub(text, model_type)
         architecture = family.architecture(reader)
         reader.finish()
-        for name, value in (("hub", MappingProxyType(dict(hub))), ("family", family), ("architecture", architecture)):
+        if text is not hub:
+            around = Hub(hub, model_type)
+            around.ignore(family.nested_config, *family.beside_nested)
+            around.require("tie_word_embeddings", architecture.tied)
+            around.finish()
+        for name, value in (
+            ("hub", MappingProxyType(copy.deepcopy(dict(hub)))),
+            ("family", family),
+            ("architecture", architecture),
+        ):
             object.__setattr__(self, name, value)
 
     @classmethod

@@ -62,7 +62,7 @@ class _Request:
 def generate(
     model: Model,
     input_ids: Any,
-    attention_mask: Int[AnyArray, "B T"] | None = None,
+    attention_mask: Any = None,
     max_new_tokens: int = 24,
     temperature: float = 0.0,
     top_k: int | None = None,

@@ -86,7 +86,7 @@ class Model(nnx.Module):
     def __call__(
         self,
         input_ids: Int[AnyArray, "B T"] | Sequence[Sequence[int]],
-        attention_mask: Int[AnyArray, "B T"] | None = None,
+        attention_mask: Int[AnyArray, "B T"] | Sequence[Sequence[int]] | None = None,
         return_record: bool = False,
         routing: "Record | Sequence[AnyArray] | None" = None,
     ) -> Float[Array, "B T V"] | Record:
@@ -168,19 +168,23 @@ def forced_ids(architecture: Architecture, routing: Any, shape: tuple[int, int])
         return None
     routing = getattr(routing, "expert_ids", routing)
     router, count = architecture.block.router, len(architecture.moe_layers)
+    if not count and not len(routing):
+        return None  # the record of a dense model
     want = (*shape, router.top_k) if router else None
     if len(routing) != count or any(np.shape(layer) != want for layer in routing):
         got = [np.shape(layer) for layer in routing]
         raise ValueError(f"routing: expected {count} arrays (one per MoE layer) of shape {want}, got {got}")
-    forced = np.stack([np.asarray(layer, np.int32) for layer in routing])
+    forced = np.stack([np.asarray(layer) for layer in routing])
+    if not np.issubdtype(forced.dtype, np.integer):
+        raise ValueError(f"routing: expected integers, got {forced.dtype}")
     if forced.max(initial=-1) >= router.num_experts:
         raise ValueError(f"routing: expert {forced.max()} of {router.num_experts}")
-    return forced
+    return forced.astype(np.int32)
 
 
 def id_dtype(num_experts: int) -> Any:
     """The smallest signed integer type for expert ids and -1."""
-    return jnp.int8 if num_experts <= 127 else jnp.int16
+    return jnp.int8 if num_experts <= 128 else jnp.int16
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

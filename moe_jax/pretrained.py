@@ -68,9 +68,12 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OSError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(settings, dict):
+        raise OSError(f"{path}: expected a JSON object, got {type(settings).__name__}")
+    return settings
 
 
 def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int = 5 * 10**9) -> None:

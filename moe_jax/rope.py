@@ -37,19 +37,49 @@ def rope_config(settings: Mapping[str, Any], dim: int, context: int, interleaved
     if dim < 2 or dim % 2:
         raise ValueError(f"rope: {dim} rotated components; the number must be even and positive")
     kind = settings.get("rope_type", "default")
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type: {kind!r} is not supported; supported are {', '.join(SCALINGS)}")
     known = {*SCALINGS[kind], "rope_type", "type", "rope_theta", "partial_rotary_factor"}
     unknown = sorted(key for key, value in settings.items() if key not in known and value is not None)
     if unknown:
         raise ValueError(f"rope scaling {kind!r}: unknown keys {', '.join(unknown)}")
     settings = {key: value for key, value in settings.items() if value is not None}
+    _check(kind, settings)
     theta = float(settings["rope_theta"])
     base = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
     try:
         return RopeConfig(interleaved=interleaved, **_KINDS[kind](base, settings, dim, theta, context))
     except KeyError as missing:
         raise ValueError(f"rope scaling {kind!r}: missing key {missing.args[0]!r}") from None
+
+
+#: Settings that are divided by, or whose logarithm is.
+_POSITIVE = ("factor", "alpha", "short_mscale", "long_mscale", "attention_factor")
+_ABOVE_ONE = ("rope_theta", "original_max_position_embeddings")
+
+
+def _check(kind: str, settings: Mapping[str, Any]) -> None:
+    """Each setting's type and range; `None`s are gone by now."""
+
+    def number(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+    for key, value in settings.items():
+        if key in ("rope_type", "type"):
+            continue
+        if key == "truncate":
+            good, wanted = isinstance(value, bool), "true or false"
+        elif key in ("short_factor", "long_factor"):
+            good = isinstance(value, (list, tuple)) and all(number(v) and v > 0 for v in value)
+            wanted = "a list of positive numbers"
+        elif key in _ABOVE_ONE:
+            good, wanted = number(value) and value > 1, "a number above 1"
+        elif key in _POSITIVE:
+            good, wanted = number(value) and value > 0, "a positive number"
+        else:
+            good, wanted = number(value) and value >= 0, "a number that is not negative"
+        if not good:
+            raise ValueError(f"rope scaling {kind!r}: {key} is {value!r}, expected {wanted}")
 
 
 def _floats(values) -> tuple[float, ...]:
@@ -81,7 +111,7 @@ def _llama3(base, settings, dim, theta, context):
     return {"frequencies": _floats(base * (keep + (1 - keep) / settings["factor"]))}
 
 
-def _yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+def _yarn_magnitude(factor: float | int, weight: float | int = 1.0) -> float:
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -140,6 +170,8 @@ _KINDS = {
 def mla_score_factor(settings: Mapping[str, Any]) -> float:
     """What DeepSeek's latent attention multiplies its score scale by under YaRN: the squared magnitude."""
     all_dim = settings.get("mscale_all_dim") if settings.get("rope_type", "default") != "default" else None
+    if all_dim and "factor" not in settings:
+        raise ValueError(f"rope scaling {settings['rope_type']!r}: missing key 'factor'")
     return _yarn_magnitude(settings["factor"], all_dim) ** 2 if all_dim else 1.0
 
 

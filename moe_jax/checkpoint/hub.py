@@ -14,10 +14,10 @@ def resolve(path_or_id: str | os.PathLike) -> Path:
     Only safetensors, JSON and tokenizer files are fetched. Raises `OSError` for what is neither a folder nor a
     well-formed id, for a missing `huggingface_hub`, and when the hub cannot be reached or has no such model.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        return path
     name = os.fspath(path_or_id)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
     if path.exists() or not _ID.fullmatch(name):
         raise OSError(f"{name}: neither a folder nor a hub id of the form owner/name")
     try:

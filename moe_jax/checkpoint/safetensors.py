@@ -80,6 +80,8 @@ class TensorFile:
     def _entry(value: Mapping[str, Any], base: int) -> Entry:
         first, last = value["data_offsets"]
         dtype, shape = value["dtype"], tuple(value["shape"])
+        if not isinstance(dtype, str) or any(not isinstance(n, int) or n < 0 for n in (first, *shape)) or last < first:
+            raise ValueError(f"no tensor has dtype {dtype}, shape {shape} and bytes {first} to {last}")
         if dtype in DTYPES and math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize != last - first:
             raise ValueError(f"{dtype} {shape} does not fill {last - first} bytes")
         return Entry(dtype, shape, base + first, last - first)

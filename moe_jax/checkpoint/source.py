@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .quantized import widen_fp8, widen_mxfp4
-from .safetensors import TensorFile
+from .safetensors import Entry, TensorFile
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -66,6 +66,8 @@ class Checkpoint:
         try:
             self._index = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(self._index.values()))
+            if any(not isinstance(name, str) for name in names):
+                raise TypeError(f"file names {names}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OSError(f"{index}: malformed index ({error!r})") from error
         outside = [name for name in names if Path(name).name != name]
@@ -87,19 +89,36 @@ class Checkpoint:
         tensors = {}
         for name, file in self._where.items():
             entry = file.entries[name]
-            base, _, last = name.rpartition(".")
-            if name.endswith("_scales") and name[:-7] + "_blocks" in self._where:
+            # Scales that fit nothing are left as they are, and end up among the unexpected tensors.
+            if name.endswith("_scales") and self._is_mxfp4(name[:-7]):
                 continue
-            if last == "weight_scale_inv":
+            if name.endswith(".weight_scale_inv") and self._is_fp8(name.removesuffix("_scale_inv")):
                 continue
-            if name.endswith("_blocks") and name[:-7] + "_scales" in self._where:
+            if name.endswith("_blocks") and self._is_mxfp4(name[:-7]):
                 experts, out, groups, half = entry.shape
                 tensors[name[:-7]] = Stored((experts, groups * half * 2, out), "mxfp4", "MXFP4", entry.nbytes)
-            elif entry.dtype.startswith("F8") and f"{base}.weight_scale_inv" in self._where:
+            elif self._is_fp8(name):
                 tensors[name] = Stored(entry.shape, "fp8", entry.dtype, entry.nbytes)
             else:
                 tensors[name] = Stored(entry.shape, "plain", entry.dtype, entry.nbytes)
         return tensors
+
+    def _is_mxfp4(self, name: str) -> bool:
+        """Whether `name` is stored as blocks of 32 values with a scale each."""
+        blocks, scales = self._entry(f"{name}_blocks"), self._entry(f"{name}_scales")
+        if blocks is None or scales is None or {blocks.dtype, scales.dtype} != {"U8"}:
+            return False
+        return len(blocks.shape) == 4 and blocks.shape[3] == 16 and blocks.shape[:3] == scales.shape
+
+    def _is_fp8(self, name: str) -> bool:
+        """Whether `name` is an FP8 matrix with one factor per block."""
+        weight, factors = self._entry(name), self._entry(f"{name}_scale_inv")
+        if weight is None or factors is None or not weight.dtype.startswith("F8") or len(weight.shape) != 2:
+            return False
+        return factors.shape == tuple(-(-n // size) for n, size in zip(weight.shape, self._block, strict=True))
+
+    def _entry(self, name: str) -> Entry | None:
+        return self._where[name].entries[name] if name in self._where else None
 
     def _refuse_unscaled(self) -> None:
         """FP8 values mean nothing without their factors."""
@@ -114,8 +133,7 @@ class Checkpoint:
         if kind == "mxfp4":
             return widen_mxfp4(self._raw(f"{name}_blocks"), self._raw(f"{name}_scales"))
         if kind == "fp8":
-            scale = self._raw(name.removesuffix("weight") + "weight_scale_inv")
-            return widen_fp8(self._raw(name), scale, self._block)
+            return widen_fp8(self._raw(name), self._raw(f"{name}_scale_inv"), self._block)
         return self._raw(name)
 
     def _raw(self, name: str) -> np.ndarray:
@@ -130,10 +148,14 @@ class Checkpoint:
 def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
     """Block of a config's FP8 quantisation; any other quantisation than fp8 and mxfp4 is refused by name."""
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"quantization_config: {quantization!r} is not a dictionary")
     method = quantization.get("quant_method")
     if method not in (None, "fp8", "mxfp4"):
         raise ValueError(f"quantization_config: quant_method {method!r} is not supported; supported: fp8, mxfp4")
     block = quantization.get("weight_block_size") or (128, 128)
     if method == "fp8" and not quantization.get("weight_block_size"):
         raise ValueError("quantization_config: fp8 without weight_block_size is not supported, only block-scaled fp8")
+    if not isinstance(block, (list, tuple)) or len(block) != 2 or any(not isinstance(n, int) or n < 1 for n in block):
+        raise ValueError(f"quantization_config: weight_block_size is {block!r}, expected two positive integers")
     return tuple(block)

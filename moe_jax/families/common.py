@@ -54,17 +54,18 @@ def grouped_attention(
 def latent_attention(hub: Hub, interleaved: bool) -> AttentionConfig:
     """DeepSeek's multi-head latent attention."""
     heads, bias = hub.integer("num_attention_heads"), hub.flag("attention_bias", False)
-    plain, rotary = hub.integer("qk_nope_head_dim", 128), hub.integer("qk_rope_head_dim", 64)
+    plain, rotary = hub.positive("qk_nope_head_dim", 128), hub.positive("qk_rope_head_dim", 64)
     hub.require("num_key_value_heads", heads)
     hub.ignore("head_dim", "qk_head_dim")  # written by transformers, derived from the two above
     settings = hub.rope_settings()
+    rope = rope_config(settings, rotary, hub.positive("max_position_embeddings"), interleaved)
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=plain + rotary,
         value_dim=hub.integer("v_head_dim", 128),
         scale=(plain + rotary) ** -0.5 * mla_score_factor(settings),
-        rope=rope_config(settings, rotary, hub.integer("max_position_embeddings"), interleaved),
+        rope=rope,
         qkv_bias=bias,
         out_bias=bias,
         latent=LatentConfig(
@@ -76,7 +77,7 @@ def latent_attention(hub: Hub, interleaved: bool) -> AttentionConfig:
     )
 
 
-def bias_steered_router(hub: Hub, renormalize: bool) -> RouterConfig:
+def bias_steered_router(hub: Hub, renormalize: bool, groups: int = 1, top_groups: int = 1) -> RouterConfig:
     """DeepSeek-V3's gate (arXiv:2412.19437): sigmoid scores, a correction bias that steers the choice, groups."""
     hub.require("scoring_func", "sigmoid", "noaux_tc")
     hub.require("topk_method", "noaux_tc")
@@ -85,8 +86,8 @@ def bias_steered_router(hub: Hub, renormalize: bool) -> RouterConfig:
         top_k=hub.integer("num_experts_per_tok"),
         score="sigmoid",
         renormalize=hub.flag("norm_topk_prob", renormalize),
-        groups=hub.integer("n_group", 1),
-        top_groups=hub.integer("topk_group", 1),
+        groups=hub.integer("n_group", groups),
+        top_groups=hub.integer("topk_group", top_groups),
         scale=hub.number("routed_scaling_factor", 1.0),
         selection_bias=True,
     )
@@ -107,17 +108,17 @@ def first_dense(hub: Hub, default: int) -> list[bool]:
 
 def every_nth(hub: Hub) -> list[bool]:
     """Which layers are MoE layers under Qwen's `decoder_sparse_step` and `mlp_only_layers`."""
-    step, dense = hub.integer("decoder_sparse_step", 1), hub.get("mlp_only_layers", [])
+    step, dense = hub.positive("decoder_sparse_step", 1), hub.items("mlp_only_layers", [])
     return [i not in dense and (i + 1) % step == 0 for i in range(hub.integer("num_hidden_layers"))]
 
 
 def windows(hub: Hub, window: int | None, sliding: Sequence[bool]) -> list[int | None]:
     """Each layer's window: from `layer_types` where given, else the layers marked in `sliding`."""
-    types = hub.get("layer_types", None)
+    types = hub.items("layer_types", None)
     if types is None:
         return [window if slides else None for slides in sliding]
     known = {"full_attention": False, "sliding_attention": True}
-    if len(types) != len(sliding) or not set(types) <= set(known):
+    if len(types) != len(sliding) or not all(kind in known for kind in map(str, types)):
         raise ValueError(f"{hub.family}: layer_types {types} do not fit {len(sliding)} layers of {sorted(known)}")
     if window is None and any(known[t] for t in types):
         raise ValueError(f"{hub.family}: layer_types has sliding_attention but sliding_window is not set")

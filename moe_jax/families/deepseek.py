@@ -1,7 +1,5 @@
 """DeepSeek-V2 (arXiv:2405.04434), DeepSeek-V3 (arXiv:2412.19437) and Kimi-K2: latent attention, shared experts."""
 
-import dataclasses
-
 from ..block_config import Architecture, BlockConfig, LayerConfig, MLPConfig, RouterConfig
 from .common import bias_steered_router, decoder, first_dense, latent_attention, rms_norm, shared_experts
 from .family import Family
@@ -44,9 +42,7 @@ def deepseek_v2(hub: Hub) -> Architecture:
 
 
 def deepseek_v3(hub: Hub) -> Architecture:
-    router = bias_steered_router(hub, renormalize=True)
-    defaults = {"groups": hub.integer("n_group", 8), "top_groups": hub.integer("topk_group", 4)}
-    router = dataclasses.replace(router, **defaults)
+    router = bias_steered_router(hub, renormalize=True, groups=8, top_groups=4)
     return _architecture(hub, router, interleaved=hub.flag("rope_interleave", True), shared=1, dense=3)
 
 

@@ -28,7 +28,7 @@ def architecture(hub: Hub) -> Architecture:
     )
     count = hub.integer("num_hidden_layers")
     first, last = hub.integer("moe_layer_start_index", 1), hub.integer("moe_layer_end_index", -1)
-    last, step = (count - 1 if last == -1 else last), hub.integer("moe_layer_interval", 1)
+    last, step = (count - 1 if last == -1 else last), hub.positive("moe_layer_interval", 1)
     layers = [LayerConfig(moe=first <= i <= last and (i + 1) % step == 0) for i in range(count)]
     return decoder(hub, block, layers, tied=hub.flag("tie_word_embeddings", True), head_bias=bias)
 

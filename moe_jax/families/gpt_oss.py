@@ -15,9 +15,10 @@ def architecture(hub: Hub) -> Architecture:
         hub.values["rope_scaling"] = _YARN  # the released models' setting is the family's default
     hub.require("hidden_act", "silu")
     hub.ignore("initial_context_length")  # the same as rope's original_max_position_embeddings
-    activation = Activation(
-        "swiglu_clamped", alpha=hub.number("swiglu_alpha", 1.702), limit=hub.number("swiglu_limit", 7.0)
-    )
+    alpha, limit = float(hub.number("swiglu_alpha", 1.702)), float(hub.number("swiglu_limit", 7.0))
+    if limit <= 0:
+        raise ValueError(f"gpt_oss: swiglu_limit {limit} is not positive")
+    activation = Activation("swiglu_clamped", alpha=alpha, limit=limit)
     block = BlockConfig(
         width=hub.integer("hidden_size"),
         norm=rms_norm(hub, 1e-5),

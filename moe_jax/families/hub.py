@@ -1,5 +1,6 @@
 """Reading a hub `config.json`: every key is used, known to be irrelevant, or refused by name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,11 +75,27 @@ class Hub:
         """True or false."""
         return self._typed(key, default, (bool,), "true or false")
 
+    def positive(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A whole number above zero."""
+        value = self.integer(key, default)
+        if value is not default and value < 1:
+            raise ValueError(f"{self.family}: config key {key!r} is {value!r}, expected a positive integer")
+        return value
+
+    def items(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A list."""
+        return self._typed(key, default, (list, tuple), "a list")
+
+    def mapping(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A dictionary."""
+        return self._typed(key, default, (Mapping,), "a dictionary")
+
     def _typed(self, key, default, types, wanted):
         value = self.get(key, default)
         if value is default:
             return value
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
+        if wrong or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{self.family}: config key {key!r} is {value!r}, expected {wanted}")
         return value
 
@@ -114,13 +131,15 @@ class Hub:
     def activation(self, key: str = "hidden_act", gated: bool = True) -> Activation:
         """The activation of the (gated) MLPs."""
         name = self.get(key, "silu")
-        if name not in _ACTIVATIONS:
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
             raise ValueError(f"{self.family}: {key} {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
         return Activation(_ACTIVATIONS[name][0 if gated else 1])
 
     def rope_settings(self, theta: float = 10000.0) -> dict[str, Any]:
         """`rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`, as one dictionary."""
-        scaling = dict(self.first("rope_parameters", "rope_scaling", default={}))
+        for key in ("rope_parameters", "rope_scaling"):
+            self.mapping(key, None)
+        scaling = self.first("rope_parameters", "rope_scaling", default={})
         settings = {key: value for key, value in scaling.items() if value is not None}
         kind = settings.pop("type", None)
         settings.setdefault("rope_type", kind or "default")
@@ -137,10 +156,15 @@ class Hub:
         """Rotary positions of heads of `head_dim`, `partial` of which is rotated unless the config says otherwise."""
         settings = self.rope_settings(theta)
         share = settings.get("partial_rotary_factor", partial)
-        context = self.integer("max_position_embeddings")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+            raise ValueError(f"{self.family}: partial_rotary_factor {share!r} is not in (0, 1]")
+        context = self.positive("max_position_embeddings")
         return rope_config(settings, int(head_dim * share), context, interleaved)
 
     def head_dim(self) -> int:
         """`head_dim`, or the width divided by the number of heads."""
-        width, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        return self.integer("head_dim", None) or width // heads
+        width, heads = self.positive("hidden_size"), self.positive("num_attention_heads")
+        size = self.positive("head_dim", None) or width // heads
+        if size < 1:
+            raise ValueError(f"{self.family}: hidden_size {width} does not reach for num_attention_heads {heads}")
+        return size

@@ -14,7 +14,7 @@ def _uniform(hub: Hub, key: str, default: Any) -> Any:
     value = hub.get(key, default)
     if not isinstance(value, list):
         return value
-    if len(set(value)) != 1:
+    if not value or any(v != value[0] for v in value):
         raise ValueError(f"hunyuan_v1_moe: {key} differs between layers ({value}), which is not supported")
     return value[0]
 

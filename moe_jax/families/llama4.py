@@ -6,19 +6,25 @@ from .family import Family
 from .hub import Hub
 from .tensors import LAYER, Tensor, attention, mlp, norms, trunk
 
+_TYPES = ("chunked_attention", "full_attention")
+
 
 def _layers(hub: Hub) -> list[LayerConfig]:
-    count, step = hub.integer("num_hidden_layers"), hub.integer("interleave_moe_layer_step", 1)
-    moe = hub.get("moe_layers", None)
+    count, step = hub.integer("num_hidden_layers"), hub.positive("interleave_moe_layer_step", 1)
+    moe = hub.items("moe_layers", None)
     moe = range(step - 1, count, step) if moe is None else moe
+    for key in ("no_rope_layer_interval", "nope_layer_interval"):
+        hub.positive(key, None)
     interval = hub.first("no_rope_layer_interval", "nope_layer_interval", default=4)
     # Despite the name, a 1 marks a layer with rotary positions.
-    rotary = hub.get("no_rope_layers", None) or [int((i + 1) % interval != 0) for i in range(count)]
-    types = hub.get("layer_types", None) or ["chunked_attention" if r else "full_attention" for r in rotary]
-    if len(rotary) < count or len(types) != count or set(types) - {"chunked_attention", "full_attention"}:
+    rotary = hub.items("no_rope_layers", None) or [int((i + 1) % interval != 0) for i in range(count)]
+    types = hub.items("layer_types", None) or ["chunked_attention" if r else "full_attention" for r in rotary]
+    if len(rotary) < count or len(types) != count or any(t not in _TYPES for t in types):
         raise ValueError(f"llama4: no_rope_layers {rotary} and layer_types {types} do not fit {count} layers")
     chunk = hub.integer("attention_chunk_size", 8192)
     floor, scale = hub.number("floor_scale", 8192), hub.number("attn_scale", 0.1)
+    if floor <= 0:
+        raise ValueError(f"llama4: floor_scale {floor} is not positive")
     tuned = (scale, floor) if hub.get("attn_temperature_tuning", True) else None
     return [
         LayerConfig(
@@ -77,5 +83,6 @@ LLAMA4 = Family(
     tensors=_TENSORS,
     ignored=(r".*\.rotary_emb\.inv_freq", r"vision_model\..*", r"multi_modal_projector\..*"),
     nested_config="text_config",
+    beside_nested=("vision_config", "boi_token_index", "eoi_token_index", "image_token_index"),
     prefix="language_model.",
 )

@@ -15,8 +15,8 @@ def architecture(hub: Hub) -> Architecture:
     hub.require("shared_intermediate_size", 0)
     for part in ("full_attention", "linear_attention", "mlp"):
         hub.require(f"layernorm_{part}_beta", 1.0)
-    kinds = hub.get("attn_type_list", [])
-    if set(kinds) - {1}:
+    kinds = hub.items("attn_type_list", [])
+    if any(kind != 1 for kind in kinds):
         raise ValueError(f"minimax_m2: attn_type_list {kinds} holds linear attention, which is not supported")
     # Training, next-token prediction, and settings of features that are off.
     hub.ignore("router_jitter_noise", "use_mtp", "num_mtp_modules", "mtp_transformer_layers")

@@ -40,6 +40,10 @@ def _keep_best_groups(ranked, groups, top_groups, best):
 def _sparsemixer(logits, jitter, forced):
     """Two passes of: take the best, weigh it by a softmax over those not much worse; then take it out."""
     ids, weights, left = [], [], logits
+    if forced is not None:  # the better one is weighed first, in whatever order a record holds the two
+        order = jnp.argsort(-jnp.take_along_axis(logits, jnp.maximum(forced, 0), axis=-1), axis=-1)
+        both = (forced >= 0).all(-1, keepdims=True)
+        forced = jnp.where(both, jnp.take_along_axis(forced, order, axis=-1), forced)
     for turn in range(2):
         best = left.max(-1, keepdims=True)
         chosen = left.argmax(-1)[:, None]

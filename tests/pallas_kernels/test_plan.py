@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import math
+import tempfile
 import types
 
 import jax
@@ -12,9 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from pallas_kernels import Plan, make_plan
 from pallas_kernels.plan import tile_bound
+
+# Not `.hypothesis` in the repository: with it there, hypothesis warns about pyproject's `norecursedirs`: an error.
+set_hypothesis_home_dir(tempfile.gettempdir() + "/moe_jax_hypothesis")
 
 plan_of = jax.jit(make_plan, static_argnums=(1, 2))
 
@@ -106,41 +112,30 @@ def test_every_field_is_the_oracles(shape):
         check(host(plan_of(ids, *shape[2:])), ids, *shape[2:])
 
 
-def test_outside_a_jit_and_from_other_integers_it_is_the_same_plan():
-    ids = np.array([[0, 4], [4, 200], [4, 1]], np.uint8)
-    eager = make_plan(ids, 5, 2)
-    assert isinstance(eager.row_choice, jax.Array)
-    jitted = plan_of(ids.astype(np.int32), 5, 2)
-    assert jax.tree.structure(eager) == jax.tree.structure(jitted)
-    for one, other in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
-        np.testing.assert_array_equal(one, other, strict=True)
-
-
 def test_a_duplicate_in_place_shares_the_row_of_its_token():
-    plan = plan_of(np.array([[2, 2], [1, 2], [1, 1]], np.int32), 3, 4)
+    plan = plan_of(np.array([[2, 2, 9], [1, 2, -1], [1, 1, 1], [9, 9, 9]], np.int32), 3, 4)
     assert plan.in_place and plan.num_tiles == 2
-    assert plan.slot.tolist() == [[4, 4], [1, 5], [2, 2]]
+    nowhere = plan.max_tiles * 4
+    assert plan.slot.tolist() == [[4, 4, nowhere], [1, 5, nowhere], [2, 2, 2], [nowhere] * 3]
 
 
 def test_the_plan_is_a_pytree_with_static_layout():
-    plan = plan_of(np.zeros((2, 1), np.int32), 3, 4)
+    plan = plan_of(np.zeros((1, 1), np.int32), 1, 1)
     leaves, treedef = jax.tree.flatten(plan)
     assert len(leaves) == 4
     again = jax.jit(lambda p: p)(plan)
-    assert isinstance(again, Plan) and (again.tile_rows, again.in_place) == (4, True)
-    assert treedef != jax.tree.structure(plan_of(np.zeros((2, 1), np.int32), 3, 2))
+    assert isinstance(again, Plan) and (again.tile_rows, again.in_place) == (1, True)
+    assert treedef != jax.tree.structure(dataclasses.replace(plan, tile_rows=2))
+    assert treedef != jax.tree.structure(dataclasses.replace(plan, in_place=False))
 
 
-@pytest.mark.parametrize("tile_rows", [1, 3, 8, 100])
-@pytest.mark.parametrize("num_experts", [1, 5, 60])
-@pytest.mark.parametrize("rows", [0, 1, 7, 61, 128])
-def test_the_bound_is_its_formula_and_holds_the_worst_case(rows, num_experts, tile_rows):
-    bound = tile_bound(rows, num_experts, tile_rows)
-    assert bound == max(1, min(math.ceil(rows / tile_rows) + min(num_experts, rows), rows))
-    # Most tiles: one row each for all but one expert, the rest for that one; ceil(n / bm) gains no more elsewhere.
-    active = min(num_experts, rows)
-    worst = active - 1 + math.ceil((rows - active + 1) / tile_rows) if rows else 0
-    assert worst <= bound
+def test_the_bound_is_its_formula_and_holds_the_worst_case():
+    for rows, num_experts, tile_rows in itertools.product((0, 1, 7, 61, 128), (1, 5, 60), (1, 3, 8, 100)):
+        bound = tile_bound(rows, num_experts, tile_rows)
+        assert bound == max(1, min(math.ceil(rows / tile_rows) + min(num_experts, rows), rows))
+        # Most tiles: one row each for all active experts but one, the rest for that one.
+        active = min(num_experts, rows)
+        assert rows == 0 or active - 1 + math.ceil((rows - active + 1) / tile_rows) <= bound
 
 
 PROPERTY_SHAPES = [shape for shape in SHAPES if shape in {(13, 2, 5, 4), (13, 2, 5, 16), (3, 2, 60, 2)}]
@@ -193,8 +188,8 @@ def test_refusals(monkeypatch, ids, num_experts, tile_rows, message):
         make_plan(ids, num_experts, tile_rows)
 
 
-def test_with_64_bit_types_enabled_the_plan_stays_32_bit():
-    ids = np.array([[0, 2**32], [2, 1], [-(2**33), 2]])
+def test_with_64_bit_types_enabled_and_outside_a_jit_it_is_the_same_plan():
+    ids = np.array([[0, 9], [2, 1], [-1, 2]])
     with jax.enable_x64(True):
-        plan = host(make_plan(jnp.asarray(np.clip(ids, -1, 9)), 3, 2))
-    check(plan, np.clip(ids, -1, 9), 3, 2)
+        plan = host(make_plan(jnp.asarray(ids), 3, 2))
+    check(plan, ids, 3, 2)

@@ -1,0 +1,68 @@
+"""Run every stored checkpoint on this machine's default device and compare with transformers' outputs.
+
+    python scripts/check_golden.py [CASE ...]
+
+Full, right- and left-padded runs (logits, hidden states, routing) and greedy ids, in float32 with the highest matmul
+precision. Exits with 1 if anything differs beyond the golden tolerances.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
+
+import compare  # noqa: E402
+
+import moe_jax  # noqa: E402
+from moe_jax.families import FAMILIES  # noqa: E402
+
+
+def outputs(model: moe_jax.Model, gold) -> dict[str, np.ndarray]:
+    """This model's arrays under the golden names, for each way of padding that the case has."""
+    found = {}
+    for way in ("full", "right", "left"):
+        if f"{way}.logits" not in gold:
+            continue
+        prefix = "" if way == "full" else f"{way}."
+        mask = None if way == "full" else gold[f"{way}.attention_mask"]
+        record = model(gold[f"{prefix}input_ids"], mask, return_record=True)
+        found |= {f"{way}.logits": record.logits, f"{way}.hidden_states": record.hidden_states}
+        per_layer = zip(record.router_logits, record.expert_ids, record.expert_weights, strict=True)
+        for layer, arrays in zip(model.architecture.moe_layers, per_layer, strict=True):
+            names = ("router_logits", "expert_indices", "expert_weights")
+            found |= {f"{way}.{name}.layer{layer}": array for name, array in zip(names, arrays, strict=True)}
+    prompt, want = gold["prompt_ids"], gold["generated_ids"]
+    ids = moe_jax.generate(model, prompt, max_new_tokens=want.shape[1], eos_token_id=())
+    found["generated_ids"] = ids[:, prompt.shape[1] :]
+    return {name: np.asarray(array) for name, array in found.items() if name in gold}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help="names of folders in tests/golden/hf; all supported ones without")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    folder, failed = ROOT / "tests" / "golden" / "hf", 0
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    for path in sorted(folder / name for name in parser.parse_args().cases) or sorted(folder.iterdir()):
+        begin = time.perf_counter()
+        if json.loads((path / "config.json").read_text())["model_type"] not in FAMILIES:
+            continue
+        model, gold = moe_jax.load_pretrained(path, dtype="float32"), np.load(path / "expected.npz")
+        found = outputs(model, gold)
+        wrong = compare.check(f"hf/{path.name}", found)
+        failed += bool(wrong)
+        worst = np.abs(found["full.logits"] - gold["full.logits"]).max()
+        print(f"{path.name}: {'; '.join(wrong) or 'ok'} ({len(found)} arrays, logits within {worst:.1e}, "
+              f"{time.perf_counter() - begin:.0f} s)", flush=True)  # fmt: skip
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

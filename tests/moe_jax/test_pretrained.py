@@ -1,0 +1,78 @@
+"""Saving and loading whole models."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, golden_cases
+
+import moe_jax
+from moe_jax.checkpoint.source import Checkpoint
+from moe_jax.model import Model, tiny_config
+from moe_jax.weights import flattened
+
+
+def equal(one, other):
+    a, b = flattened(one.arrays()), flattened(other.arrays())
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
+
+
+@pytest.mark.parametrize("case", golden_cases())
+def test_load_of_save_is_exact(case, tmp_path):
+    model = moe_jax.load_pretrained(GOLDEN / "hf" / case)
+    moe_jax.save_pretrained(model, tmp_path)
+    equal(moe_jax.load_pretrained(tmp_path), model)
+    before, after = (Checkpoint(folder).tensors for folder in (GOLDEN / "hf" / case, tmp_path))
+    ours = {name: stored.shape for name, stored in after.items()}
+    theirs = {name: stored.shape for name, stored in before.items()}
+    assert ours.items() <= theirs.items()
+    assert all("vision" in name or "multi_modal" in name for name in theirs.keys() - ours.keys())
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in config and config["model_type"] == model.config.model_type
+
+
+def test_bfloat16_and_shards(tmp_path):
+    model = moe_jax.load_pretrained(GOLDEN / "hf" / "qwen3_moe", dtype="bfloat16")
+    moe_jax.save_pretrained(model, tmp_path, max_shard_bytes=20_000)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 3 and all(p.stat().st_size < 40_000 for p in shards)
+    equal(moe_jax.load_pretrained(tmp_path, dtype="bfloat16"), model)
+    moe_jax.save_pretrained(model, tmp_path)  # fewer files: none of the old ones may stay
+    assert [p.name for p in tmp_path.glob("model*")] == ["model.safetensors"]
+    equal(moe_jax.load_pretrained(tmp_path, dtype="bfloat16"), model)
+
+
+def test_generation_settings_travel(tmp_path):
+    model = Model.initialize(tiny_config(), generation={"eos_token_id": [3, 4], "pad_token_id": 0})
+    moe_jax.save_pretrained(model, tmp_path)
+    assert moe_jax.load_pretrained(tmp_path).generation == model.generation
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(OSError, match="generation_config.json: not a JSON file"):
+        moe_jax.load_pretrained(tmp_path)
+
+
+def test_arguments(tmp_path):
+    folder = GOLDEN / "hf" / "mixtral"
+    for dtype in ("int8", "float64", "nonsense", 7):
+        with pytest.raises(ValueError, match="dtype"):
+            moe_jax.load_pretrained(folder, dtype=dtype)
+    with pytest.raises(ValueError, match="mesh"):
+        moe_jax.load_pretrained(folder, mesh=object())
+    with pytest.raises(OSError):
+        moe_jax.load_pretrained(tmp_path)
+    assert moe_jax.load_pretrained(folder).dtype == np.float32  # "auto" on a CPU
+
+
+def test_implementations_by_name():
+    folder, ids = GOLDEN / "hf" / "mixtral", [[1, 2, 3, 4]]
+    default = moe_jax.load_pretrained(folder)(ids)
+    for implementation in ("xla_ragged", {"routed_mlp": "xla_ragged"}):
+        other = moe_jax.load_pretrained(folder, implementation=implementation)
+        np.testing.assert_allclose(other(ids), default, atol=2e-5)
+    with pytest.raises(ValueError, match="there are: xla_tiles, xla_ragged"):
+        moe_jax.load_pretrained(folder, implementation="cuda_magic")(ids)
+    with pytest.raises(ValueError, match="unknown operations attention"):
+        moe_jax.load_pretrained(folder, implementation={"attention": "xla"})

@@ -1,0 +1,248 @@
+"""One suite over every implementation of `routed_mlp`, against `expert_oracle`."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import ml_dtypes
+import numpy as np
+import pytest
+from expert_oracle import error, make_experts, make_tokens, oracle
+
+from pallas_kernels import ACTIVATIONS, Plan, make_plan, prepare, routed_mlp
+from pallas_kernels.expert_mlp import xla_tiles
+from pallas_kernels.expert_mlp.api import OPERATION
+
+IMPLEMENTATIONS = tuple(OPERATION.implementations)
+run = jax.jit(routed_mlp, static_argnames="implementation")
+each = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+BFLOAT16 = ml_dtypes.bfloat16
+D, F = 24, 40
+
+# Every activation once; every layout, dtype and awkward size with and without biases and a stack, in a few compiles.
+# tokens, E, choices, make_experts' options
+CASES = {
+    "swiglu": (13, 5, 2, dict(dtype=np.float32, layout="out_in", biases=True)),
+    "geglu": (13, 5, 2, dict(dtype=np.float32, layout="in_out")),
+    "swiglu_clamped": (1, 60, 4, dict(dtype=BFLOAT16, layout="out_in", biases=True, layers=(3,))),
+    "reglu": (300, 7, 2, dict(dtype=BFLOAT16, layout="in_out", biases=True)),
+    "geglu_tanh": (7, 5, 5, dict(dtype=np.float16, layout="out_in")),
+    "silu": (13, 60, 3, dict(dtype=np.float16, layout="in_out", biases=True)),
+    "gelu": (7, 5, 2, dict(dtype=BFLOAT16, layout="out_in", biases=True)),
+    "gelu_tanh": (1, 5, 2, dict(dtype=np.float32, layout="in_out", layers=(3,))),
+    "relu": (300, 5, 1, dict(dtype=np.float32, layout="out_in")),
+}
+assert set(CASES) == set(ACTIVATIONS)
+
+
+def make(name):
+    """`x`, `ids`, `weights`, `experts` and the layer of a case."""
+    tokens, num, choices, options = CASES[name]
+    x, ids, weights = make_tokens(tokens, D, num, choices, options["dtype"])
+    layer = np.array(1, np.int32) if "layers" in options else None
+    return x, ids, weights, make_experts(num, D, F, activation=name, **options), layer
+
+
+def assert_standard(got, x, ids, weights, experts, layer=None):
+    """The project's standard: 1.2 times the error of plain float32 accumulation with rounding in between."""
+    dtype = np.asarray(x).dtype
+    assert got.dtype == dtype and got.shape == x.shape
+    want = oracle(x, ids, weights, experts, layer)
+    assert error(got, want) <= 1.2 * error(oracle(x, ids, weights, experts, layer, np.float32, dtype), want)
+
+
+@each
+@pytest.mark.parametrize("name", CASES)
+def test_values(name, implementation):
+    operands = dict(zip(("x", "ids", "weights", "experts", "layer"), make(name), strict=True))
+    assert_standard(run(**operands, implementation=implementation), **operands)
+
+
+@each
+class TestRoutings:
+    """Choices of every kind, through the functions that `test_values` has compiled for `swiglu`."""
+
+    def call(self, implementation, **changed):
+        x, ids, weights, experts, _ = make("swiglu")
+        operands = {**dict(x=x, ids=ids, weights=weights, experts=experts), **changed}
+        return run(**operands, layer=None, implementation=implementation), operands
+
+    def test_experts_without_rows(self, implementation):
+        ids = np.random.default_rng(0).choice([0, 3], (13, 2)).astype(np.int32)  # duplicates in a row as well
+        got, operands = self.call(implementation, ids=ids)
+        assert_standard(got, **operands)
+
+    @pytest.mark.parametrize("expert", [0, 2, 4])
+    def test_one_expert_takes_everything(self, implementation, expert):
+        got, operands = self.call(implementation, ids=np.full((13, 2), expert, np.int32))
+        assert_standard(got, **operands)
+
+    @pytest.mark.parametrize("outside", [-1, 5, 6, np.iinfo(np.int32).min, np.iinfo(np.int32).max])
+    def test_ids_outside_add_nothing_whatever_their_weight(self, implementation, outside):
+        x, ids, weights, _, _ = make("swiglu")
+        ids, weights, x = np.array(ids), np.array(weights), np.array(x)
+        ids[::3, 0] = outside
+        ids[1], x[1] = outside, np.nan  # a padded token: no choice at all, and garbage for a row
+        clean = np.where(ids == outside, 0, weights)
+        poisoned = np.where(ids == outside, np.nan, weights)
+        got, operands = self.call(implementation, ids=ids, weights=poisoned, x=x)
+        without, _ = self.call(implementation, ids=ids, weights=clean, x=x)
+        np.testing.assert_array_equal(got, without)
+        assert (np.asarray(got)[1] == 0).all()
+        x[1] = 0
+        assert_standard(got, **{**operands, "weights": clean, "x": x})
+
+    def test_no_choice_inside_gives_zeros(self, implementation):
+        got, _ = self.call(implementation, ids=np.full((13, 2), -1, np.int32), x=np.full((13, D), np.nan, np.float32))
+        assert (np.asarray(got) == 0).all()
+
+    @pytest.mark.parametrize("poison", [np.nan, np.inf])
+    def test_a_poisoned_row_stays_alone(self, implementation, poison):
+        x = np.array(make("swiglu")[0])
+        clean, _ = self.call(implementation)
+        x[4, 7] = poison
+        got, _ = self.call(implementation, x=x)
+        others = np.arange(13) != 4
+        np.testing.assert_array_equal(np.asarray(got)[others], np.asarray(clean)[others])
+        assert not np.isfinite(np.asarray(got)[4]).any()
+
+    def test_a_poisoned_weight_stays_with_its_token(self, implementation):
+        weights = np.array(make("swiglu")[2])
+        clean, _ = self.call(implementation)
+        weights[4, 1] = np.nan
+        got, _ = self.call(implementation, weights=weights)
+        others = np.arange(13) != 4
+        np.testing.assert_array_equal(np.asarray(got)[others], np.asarray(clean)[others])
+        assert np.isnan(np.asarray(got)[4]).all()
+
+    def test_a_zero_weight_is_not_a_dropped_choice(self, implementation):
+        x, _, weights, _, _ = make("swiglu")
+        x, weights = np.array(x), np.array(weights)
+        x[4, 0], weights[4, 0] = np.nan, 0
+        got, _ = self.call(implementation, x=x, weights=weights)
+        assert np.isnan(np.asarray(got)[4]).all()
+
+    def test_the_order_of_the_tokens_does_not_matter(self, implementation):
+        x, ids, weights, _, _ = make("swiglu")
+        order = np.random.default_rng(1).permutation(13)
+        clean, _ = self.call(implementation)
+        got, _ = self.call(implementation, x=x[order], ids=ids[order], weights=weights[order])
+        np.testing.assert_array_equal(got, np.asarray(clean)[order])
+
+    @pytest.mark.parametrize("tokens, choices", [(0, 2), (3, 0)])
+    def test_nothing_to_do(self, implementation, tokens, choices):
+        x, ids = np.ones((tokens, D), np.float32), np.zeros((tokens, choices), np.int32)
+        got = routed_mlp(x, ids, ids.astype(np.float32), make("swiglu")[3], implementation=implementation)
+        assert got.shape == x.shape and got.dtype == np.float32 and (np.asarray(got) == 0).all()
+
+    def test_the_layer_index_may_be_static(self, implementation):
+        x, ids, weights, stack, _ = make("gelu_tanh")
+        operands = dict(x=x, ids=ids, weights=weights, experts=stack)
+        static = jax.jit(lambda operands: routed_mlp(**operands, layer=2, implementation=implementation))
+        traced = run(**operands, layer=np.array(2, np.int32), implementation=implementation)
+        np.testing.assert_array_equal(static(operands), traced)
+        assert_standard(traced, **{**operands, "experts": jax.tree.map(lambda w: w[2], stack)})
+
+    def test_a_given_plan(self, implementation):
+        x, ids, weights, experts, _ = make("swiglu")
+        both = jax.jit(
+            lambda *operands: [
+                routed_mlp(*operands, plan=make_plan(operands[1], 5, tile_rows), implementation=implementation)
+                for tile_rows in (3, 16)  # several tiles per expert; in place
+            ]
+        )
+        ids = np.array(ids)
+        ids[2] = ids[2, 0]  # in place, duplicates share a row
+        for got in both(x, ids, weights, experts):
+            assert_standard(got, x, ids, weights, experts)
+
+
+def tiles(x, ids, weights, experts):
+    """What `run` has compiled already."""
+    return np.asarray(run(x=x, ids=ids, weights=weights, experts=experts, layer=None, implementation="xla_tiles"))
+
+
+def test_the_batch_does_not_change_a_tokens_bits():
+    """With the same rows per tile, a token's output is the same to the bit: in any batch, at any place in it, whatever
+    its neighbours chose. (Tiles of other sizes may sum in another order. Held on the CPU by XLA, not promised by it.)
+    """
+    x, ids, weights, experts, _ = make("swiglu")
+    in_tiles_of_8 = jax.jit(lambda x, ids, *rest: routed_mlp(x, ids, *rest, plan=make_plan(ids, 5, 8)))
+    whole = tiles(x, ids, weights, experts)
+    np.testing.assert_array_equal(in_tiles_of_8(x, ids, weights, experts), whole)  # the tile size it has by itself
+    for start in (0, 5, 6):  # seven tokens: in place
+        some = slice(start, start + 7)
+        np.testing.assert_array_equal(in_tiles_of_8(x[some], ids[some], weights[some], experts), whole[some])
+    others = np.where(np.arange(13)[:, None] == 9, ids, 4)
+    np.testing.assert_array_equal(tiles(x, others, weights, experts)[9], whole[9])
+
+
+def test_an_idle_experts_weights_are_not_read():
+    """What `xla_ragged` cannot: on a CPU it multiplies every expert's weights by zeros, also those that are NaN."""
+    x, _, weights, experts, _ = make("swiglu")
+    ids = np.tile(np.array([0, 3], np.int32), (13, 1))
+    poisoned = jax.tree.map(lambda w: w.at[jnp.array([1, 2, 4])].set(jnp.nan), experts)
+    np.testing.assert_array_equal(tiles(x, ids, weights, poisoned), tiles(x, ids, weights, experts))
+
+
+def test_kernels_read_in_pieces(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(xla_tiles, "piece_rows", lambda out, _: sizes.append(out) or out // 4)
+    x, ids, weights, experts, _ = make("swiglu")
+    got = jax.jit(lambda *operands: routed_mlp(*operands, implementation="xla_tiles"))(x, ids, weights, experts)
+    assert set(sizes) == {D, F}
+    assert_standard(got, x, ids, weights, experts)
+
+
+def test_a_piece_divides_the_kernel_and_fits_the_cache():
+    for out, row_bytes in itertools.product((1, 7, 768, 1024, 1031, 1408, 4096, 14336), (64, 2048, 8192, 57344)):
+        rows = xla_tiles.piece_rows(out, row_bytes)
+        assert out % rows == 0 and (rows == out or rows * row_bytes <= 4 << 20)
+    assert xla_tiles.piece_rows(14336, 16384) < 14336
+
+
+def test_prepare_swaps_the_kernels_once():
+    experts = make_experts(5, D, F, biases=True, layers=(2,))
+    swapped = prepare(experts)
+    assert (experts.layout, swapped.layout, swapped.activation) == ("in_out", "out_in", experts.activation)
+    for name in ("gate", "up", "down"):
+        np.testing.assert_array_equal(getattr(swapped, name), np.swapaxes(getattr(experts, name), -1, -2))
+    for name in ("gate_bias", "up_bias", "down_bias"):
+        assert getattr(swapped, name) is getattr(experts, name)
+    assert prepare(swapped) is prepare(swapped, "xla_tiles") is swapped
+    assert prepare(experts, "xla_ragged") is experts
+    assert prepare(make_experts(5, D, F, activation="relu")).gate is None
+    with pytest.raises(ValueError, match="implementation: 'x' is no implementation of routed_mlp"):
+        prepare(experts, "x")
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(x=np.zeros((13, F), np.float32)), r"x: shape \(13, 40\), expected \[G, 24\]"),
+        (dict(x=np.zeros(D, np.float32)), r"x: shape \(24,\), expected \[G, 24\]"),
+        (dict(x=np.zeros((13, D), int)), "x: dtype int"),
+        (dict(ids=np.zeros((12, 2), int)), r"ids and weights: shapes \(12, 2\) and \(13, 2\), expected \[13, A\]"),
+        (dict(ids=np.zeros(13, int)), r"ids and weights: shapes \(13,\)"),
+        (dict(ids=np.zeros((13, 2), np.float32)), "ids: dtype float32"),
+        (dict(weights=np.zeros((13, 1), np.float32)), r"ids and weights: .* \(13, 1\)"),
+        (dict(layer=0), "layer: experts of shape .* takes no layer index, got 0"),
+        (dict(experts="gelu_tanh"), "layer: experts of shape .* needs layer index, got None"),
+        (dict(plan=(7, 2)), r"plan: made for ids of shape \(7, 2\), got \(13, 2\)"),
+        (dict(implementation="cuda"), "'cuda' is no implementation of routed_mlp; there are: xla_tiles, xla_ragged"),
+        (dict(implementation="cuda", tokens=0), "'cuda' is no implementation of routed_mlp"),
+    ],
+)
+def test_refusals(monkeypatch, changed, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations would refuse some first
+    changed = dict(changed)
+    x, ids, weights, experts, _ = make("swiglu")
+    if "plan" in changed:
+        slot, rest = np.zeros(changed["plan"], np.int32), np.zeros(8, np.int32)
+        changed["plan"] = Plan(rest, slot, rest[:1], rest[0], tile_rows=8, in_place=False)
+    if "experts" in changed:
+        changed["experts"] = make(changed["experts"])[3]
+    tokens = slice(changed.pop("tokens", 13))
+    with pytest.raises(ValueError, match=message):
+        routed_mlp(**{**dict(x=x[tokens], ids=ids[tokens], weights=weights[tokens], experts=experts), **changed})
