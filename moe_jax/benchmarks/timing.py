@@ -93,7 +93,9 @@ def measure_ceilings(repeats: int = 7, megabytes: int = 256, size: int = 2048) -
     rows = max(1, megabytes * 10**6 // (4 * 2048))
     keys = jax.random.split(jax.random.key(0), 3)
     held = [jax.random.normal(keys[0], (rows, 2048))]
-    vector, square = (jax.random.normal(key, shape) for key, shape in zip(keys[1:], ((1, 2048), (size, size))))
+    vector, square = (
+        jax.random.normal(key, shape) for key, shape in zip(keys[1:], ((1, 2048), (size, size)), strict=True)
+    )
     negate = jax.jit(lambda x: -x, donate_argnums=0)
     product = jax.jit(lambda x, w: x @ w.T)
 

@@ -92,7 +92,7 @@ def test_each_key_is_honoured_or_refused(path):
         # the released configs switch off what these belong to
         *"sliding_window max_window_layers decoder_sparse_step n_group topk_group use_sliding_window".split(),
         *"num_mtp_modules mtp_transformer_layers use_mtp mlp_intermediate_size intermediate_size".split(),
-        *"rope_theta cla_share_factor nope_layer_interval no_rope_layer_interval".split(),
+        *"rope_theta moe_layer_end_index cla_share_factor nope_layer_interval no_rope_layer_interval".split(),
     }  # fmt: skip
     if hub["model_type"] == "hunyuan_v1_moe":
         from moe_jax.families.hunyuan_v1_moe import _UNUSED

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from test_config import CONFIGS, TINY, build, tiny
+from test_config_values import CONFIGS, TINY, build, tiny
 
 from moe_jax import ModelConfig
 from moe_jax.checkpoint.layout import pieces
@@ -15,9 +15,9 @@ from moe_jax.weights import flattened, nested, parameters
 
 #: Keys of the tiny configs that change nothing there: training, other heads and modalities, features that are off.
 NO_EFFECT = {
-    # greedy choice has no groups
-    "deepseek_v2": "n_group topk_group",
-    "deepseek_v3": "ep_size num_nextn_predict_layers",
+    # greedy choice has no groups; yarn's ramp lies inside one of four frequencies
+    "deepseek_v2": "n_group topk_group rope_scaling.beta_fast rope_scaling.beta_slow",
+    "deepseek_v3": "ep_size num_nextn_predict_layers rope_scaling.beta_fast rope_scaling.beta_slow",
     "kimi_k2": "num_nextn_predict_layers",
     # the file has layer_types, which say it
     "dots1": "use_sliding_window",
@@ -47,7 +47,7 @@ def _others(value):
         return [not value]
     if isinstance(value, int):
         return [value * 2, value + 1, value // 2, value * 10, max(0, value - 1)]
-    return [value * 1.5, value * 30, value / 30] if isinstance(value, float) else []
+    return [value * 1.5, value + 0.25, value * 30, value / 30] if isinstance(value, float) else []
 
 
 def _outcomes(name, place, base):
@@ -153,7 +153,7 @@ def test_which_layers_are_moe():
     assert moe("deepseek_v3", num_hidden_layers=5, first_k_dense_replace=3) == (3, 4)
     assert moe("qwen2_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3]) == (1, 5)
     assert moe("ernie4_5_moe", num_hidden_layers=6, moe_layer_start_index=1, moe_layer_end_index=4) == (1, 2, 3, 4)
-    assert moe("ernie4_5_moe", num_hidden_layers=6, moe_layer_start_index=1, moe_layer_interval=2) == (1, 3, 5)
+    assert moe("ernie4_5_moe", num_hidden_layers=6, moe_layer_end_index=-1, moe_layer_interval=2) == (1, 3, 5)
     assert moe("llama4") == (1, 3) and moe("llama4", moe_layers=[2]) == (2,) and moe("llama") == ()
 
 
