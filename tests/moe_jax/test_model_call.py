@@ -66,10 +66,9 @@ def test_padded_tokens_change_no_other_token(case):
     model, gold = golden_model(case), golden_arrays(case)
     for way in ("right", "left"):
         ids, mask = gold[f"{way}.input_ids"], gold[f"{way}.attention_mask"]
-        one = model(ids, mask)
-        other = model(np.where(mask, ids, -100), mask)
-        third = model(np.where(mask, ids, (ids + 7) % 90), mask)
-        for logits in (other, third):
+        run = lambda ids, mask=mask: model(ids, mask, return_record=True).logits  # test_golden has compiled it
+        one = run(ids)
+        for logits in (run(np.where(mask, ids, -100)), run(np.where(mask, ids, (ids + 7) % 90))):
             np.testing.assert_array_equal(logits[mask == 1], one[mask == 1])
 
 
@@ -80,7 +79,7 @@ def test_side_of_the_padding_does_not_matter():
     np.testing.assert_allclose(right[0], recorded().logits[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["phimoe", "deepseek_v3", "llama4_text_k2", "gpt_oss"])
+@pytest.mark.parametrize("case", ["phimoe", "deepseek_v3", "llama4_text_k2"])
 def test_forcing_the_own_choice_changes_nothing(case):
     """Also where a router's rule depends on the order of the two, which a record does not keep."""
     model, ids = golden_model(case), golden_arrays(case)["input_ids"]

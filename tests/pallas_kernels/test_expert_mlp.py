@@ -1,5 +1,6 @@
 """One suite over every implementation of `routed_mlp`, against `expert_oracle`."""
 
+import functools
 import itertools
 
 import jax
@@ -13,59 +14,73 @@ from pallas_kernels import ACTIVATIONS, Plan, make_plan, prepare, routed_mlp
 from pallas_kernels.expert_mlp import xla_tiles
 from pallas_kernels.expert_mlp.api import OPERATION
 
-IMPLEMENTATIONS = tuple(OPERATION.implementations)
-run = jax.jit(routed_mlp, static_argnames="implementation")
-each = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+each = pytest.mark.parametrize("implementation", OPERATION.implementations)
 BFLOAT16 = ml_dtypes.bfloat16
 D, F = 24, 40
 
-# Every activation once; every layout, dtype and awkward size with and without biases and a stack, in a few compiles.
-# tokens, E, choices, make_experts' options
+# Every activation, layout, dtype and awkward size, with and without biases and a stack; few, since each is compiled.
+# tokens, E, choices, activations, make_experts' options
 CASES = {
-    "swiglu": (13, 5, 2, dict(dtype=np.float32, layout="out_in", biases=True)),
-    "geglu": (13, 5, 2, dict(dtype=np.float32, layout="in_out")),
-    "swiglu_clamped": (1, 60, 4, dict(dtype=BFLOAT16, layout="out_in", biases=True, layers=(3,))),
-    "reglu": (300, 7, 2, dict(dtype=BFLOAT16, layout="in_out", biases=True)),
-    "geglu_tanh": (7, 5, 5, dict(dtype=np.float16, layout="out_in")),
-    "silu": (13, 60, 3, dict(dtype=np.float16, layout="in_out", biases=True)),
-    "gelu": (7, 5, 2, dict(dtype=BFLOAT16, layout="out_in", biases=True)),
-    "gelu_tanh": (1, 5, 2, dict(dtype=np.float32, layout="in_out", layers=(3,))),
-    "relu": (300, 5, 1, dict(dtype=np.float32, layout="out_in")),
+    "13 tokens": (13, 5, 2, ["swiglu"], dict(dtype=np.float32, layout="out_in", biases=True)),
+    "more experts than tokens": (13, 60, 3, ["geglu", "relu"], dict(dtype=np.float32, layout="in_out")),
+    "300 tokens": (300, 7, 2, ["reglu", "gelu"], dict(dtype=BFLOAT16, layout="in_out", biases=True)),
+    "k = E": (7, 5, 5, ["geglu_tanh", "silu"], dict(dtype=np.float16, layout="out_in")),
+    "one token of a stack": (
+        *(1, 60, 4, ["swiglu_clamped", "gelu_tanh"]),
+        dict(dtype=BFLOAT16, layout="out_in", biases=True, layers=(3,)),
+    ),
 }
-assert set(CASES) == set(ACTIVATIONS)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def run(x, ids, weights, all_experts, layer, implementation):
+    """`routed_mlp` with each of `all_experts`."""
+    return [routed_mlp(x, ids, weights, e, layer=layer, implementation=implementation) for e in all_experts]
 
 
 def make(name):
-    """`x`, `ids`, `weights`, `experts` and the layer of a case."""
-    tokens, num, choices, options = CASES[name]
-    x, ids, weights = make_tokens(tokens, D, num, choices, options["dtype"])
-    layer = np.array(1, np.int32) if "layers" in options else None
-    return x, ids, weights, make_experts(num, D, F, activation=name, **options), layer
+    """`x`, `ids`, `weights`, a list of experts and the layer of a case."""
+    tokens, num, choices, activations, options = CASES[name]
+    x, ids, weights = (np.array(a) for a in make_tokens(tokens, D, num, choices, options["dtype"]))
+    experts = [make_experts(num, D, F, activation=activation, **options) for activation in activations]
+    return x, ids, weights, experts, np.array(1, np.int32) if "layers" in options else None
+
+
+def base():
+    """The operands of the first case, which is compiled for every implementation anyway."""
+    x, ids, weights, [experts], _ = make("13 tokens")
+    return x, ids, weights, experts
 
 
 def assert_standard(got, x, ids, weights, experts, layer=None):
     """The project's standard: 1.2 times the error of plain float32 accumulation with rounding in between."""
-    dtype = np.asarray(x).dtype
-    assert got.dtype == dtype and got.shape == x.shape
+    assert got.dtype == x.dtype and got.shape == x.shape
     want = oracle(x, ids, weights, experts, layer)
-    assert error(got, want) <= 1.2 * error(oracle(x, ids, weights, experts, layer, np.float32, dtype), want)
+    plain = oracle(x, ids, weights, experts, layer, np.float32, x.dtype)
+    assert error(got, want) <= 1.2 * error(plain, want), experts.activation.name
 
 
 @each
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, implementation):
-    operands = dict(zip(("x", "ids", "weights", "experts", "layer"), make(name), strict=True))
-    assert_standard(run(**operands, implementation=implementation), **operands)
+    x, ids, weights, all_experts, layer = make(name)
+    all_got = run(x, ids, weights, all_experts, layer, implementation)
+    for got, experts in zip(all_got, all_experts, strict=True):
+        assert_standard(got, x, ids, weights, experts, layer)
+
+
+def test_every_activation_has_a_case():
+    assert sorted(name for case in CASES.values() for name in case[3]) == sorted(ACTIVATIONS)
 
 
 @each
 class TestRoutings:
-    """Choices of every kind, through the functions that `test_values` has compiled for `swiglu`."""
+    """Choices of every kind, through the functions that `test_values` has compiled."""
 
     def call(self, implementation, **changed):
-        x, ids, weights, experts, _ = make("swiglu")
-        operands = {**dict(x=x, ids=ids, weights=weights, experts=experts), **changed}
-        return run(**operands, layer=None, implementation=implementation), operands
+        operands = {**dict(zip(("x", "ids", "weights", "experts"), base(), strict=True)), **changed}
+        x, ids, weights, experts = operands.values()
+        return run(x, ids, weights, [experts], None, implementation)[0], operands
 
     def test_experts_without_rows(self, implementation):
         ids = np.random.default_rng(0).choice([0, 3], (13, 2)).astype(np.int32)  # duplicates in a row as well
@@ -77,10 +92,9 @@ class TestRoutings:
         got, operands = self.call(implementation, ids=np.full((13, 2), expert, np.int32))
         assert_standard(got, **operands)
 
-    @pytest.mark.parametrize("outside", [-1, 5, 6, np.iinfo(np.int32).min, np.iinfo(np.int32).max])
+    @pytest.mark.parametrize("outside", [-1, -5, 5, np.iinfo(np.int32).min, np.iinfo(np.int32).max])
     def test_ids_outside_add_nothing_whatever_their_weight(self, implementation, outside):
-        x, ids, weights, _, _ = make("swiglu")
-        ids, weights, x = np.array(ids), np.array(weights), np.array(x)
+        x, ids, weights, _ = base()
         ids[::3, 0] = outside
         ids[1], x[1] = outside, np.nan  # a padded token: no choice at all, and garbage for a row
         clean = np.where(ids == outside, 0, weights)
@@ -98,7 +112,7 @@ class TestRoutings:
 
     @pytest.mark.parametrize("poison", [np.nan, np.inf])
     def test_a_poisoned_row_stays_alone(self, implementation, poison):
-        x = np.array(make("swiglu")[0])
+        x = base()[0]
         clean, _ = self.call(implementation)
         x[4, 7] = poison
         got, _ = self.call(implementation, x=x)
@@ -107,7 +121,7 @@ class TestRoutings:
         assert not np.isfinite(np.asarray(got)[4]).any()
 
     def test_a_poisoned_weight_stays_with_its_token(self, implementation):
-        weights = np.array(make("swiglu")[2])
+        weights = base()[2]
         clean, _ = self.call(implementation)
         weights[4, 1] = np.nan
         got, _ = self.call(implementation, weights=weights)
@@ -116,14 +130,13 @@ class TestRoutings:
         assert np.isnan(np.asarray(got)[4]).all()
 
     def test_a_zero_weight_is_not_a_dropped_choice(self, implementation):
-        x, _, weights, _, _ = make("swiglu")
-        x, weights = np.array(x), np.array(weights)
+        x, _, weights, _ = base()
         x[4, 0], weights[4, 0] = np.nan, 0
         got, _ = self.call(implementation, x=x, weights=weights)
         assert np.isnan(np.asarray(got)[4]).all()
 
     def test_the_order_of_the_tokens_does_not_matter(self, implementation):
-        x, ids, weights = map(np.asarray, make("swiglu")[:3])
+        x, ids, weights = base()[:3]
         order = np.random.default_rng(1).permutation(13)
         clean, _ = self.call(implementation)
         got, _ = self.call(implementation, x=x[order], ids=ids[order], weights=weights[order])
@@ -132,26 +145,29 @@ class TestRoutings:
     @pytest.mark.parametrize("tokens, choices", [(0, 2), (3, 0)])
     def test_nothing_to_do(self, implementation, tokens, choices):
         x, ids = np.ones((tokens, D), np.float32), np.zeros((tokens, choices), np.int32)
-        got = routed_mlp(x, ids, ids.astype(np.float32), make("swiglu")[3], implementation=implementation)
+        got = routed_mlp(x, ids, ids.astype(np.float32), base()[3], implementation=implementation)
         assert got.shape == x.shape and got.dtype == np.float32 and (np.asarray(got) == 0).all()
 
     def test_the_layer_index_may_be_static(self, implementation):
-        x, ids, weights, stack, _ = make("gelu_tanh")
-        operands = dict(x=x, ids=ids, weights=weights, experts=stack)
-        static = jax.jit(lambda operands: routed_mlp(**operands, layer=2, implementation=implementation))
-        traced = run(**operands, layer=np.array(2, np.int32), implementation=implementation)
-        np.testing.assert_array_equal(static(operands), traced)
-        assert_standard(traced, **{**operands, "experts": jax.tree.map(lambda w: np.asarray(w)[2], stack)})
+        x, ids, weights, _ = base()
+        stack = make_experts(5, D, F, layers=(3,), activation="gelu_tanh")
+        both = jax.jit(
+            lambda x, traced: [
+                routed_mlp(x, ids, weights, stack, layer=layer, implementation=implementation) for layer in (2, traced)
+            ]
+        )
+        static, traced = both(x, np.array(2, np.int32))
+        np.testing.assert_array_equal(static, traced)
+        assert_standard(traced, x, ids, weights, jax.tree.map(lambda w: np.asarray(w)[2], stack))
 
     def test_a_given_plan(self, implementation):
-        x, ids, weights, experts, _ = make("swiglu")
+        x, ids, weights, experts = base()
         both = jax.jit(
             lambda *operands: [
                 routed_mlp(*operands, plan=make_plan(operands[1], 5, tile_rows), implementation=implementation)
                 for tile_rows in (3, 16)  # several tiles per expert; in place
             ]
         )
-        ids = np.array(ids)
         ids[2] = ids[2, 0]  # in place, duplicates share a row
         for got in both(x, ids, weights, experts):
             assert_standard(got, x, ids, weights, experts)
@@ -159,15 +175,14 @@ class TestRoutings:
 
 def tiles(x, ids, weights, experts):
     """What `run` has compiled already."""
-    return np.asarray(run(x=x, ids=ids, weights=weights, experts=experts, layer=None, implementation="xla_tiles"))
+    return np.asarray(run(x, ids, weights, [experts], None, "xla_tiles")[0])
 
 
 def test_the_batch_does_not_change_a_tokens_bits():
     """With the same rows per tile, a token's output is the same to the bit: in any batch, at any place in it, whatever
     its neighbours chose. (Tiles of other sizes may sum in another order. Held on the CPU by XLA, not promised by it.)
     """
-    x, ids, weights = map(np.asarray, make("swiglu")[:3])
-    experts = make("swiglu")[3]
+    x, ids, weights, experts = base()
     in_tiles_of_8 = jax.jit(lambda x, ids, *rest: routed_mlp(x, ids, *rest, plan=make_plan(ids, 5, 8)))
     whole = tiles(x, ids, weights, experts)
     np.testing.assert_array_equal(in_tiles_of_8(x, ids, weights, experts), whole)  # the tile size it has by itself
@@ -180,7 +195,7 @@ def test_the_batch_does_not_change_a_tokens_bits():
 
 def test_an_idle_experts_weights_are_not_read():
     """What `xla_ragged` cannot: on a CPU it multiplies every expert's weights by zeros, also those that are NaN."""
-    x, _, weights, experts, _ = make("swiglu")
+    x, _, weights, experts = base()
     ids = np.tile(np.array([0, 3], np.int32), (13, 1))
     poisoned = jax.tree.map(np.array, experts)
     for array in jax.tree.leaves(poisoned):
@@ -191,7 +206,7 @@ def test_an_idle_experts_weights_are_not_read():
 def test_kernels_read_in_pieces(monkeypatch):
     sizes = []
     monkeypatch.setattr(xla_tiles, "piece_rows", lambda out, _: sizes.append(out) or out // 4)
-    x, ids, weights, experts, _ = make("swiglu")
+    x, ids, weights, experts = base()
     got = jax.jit(lambda *operands: routed_mlp(*operands, implementation="xla_tiles"))(x, ids, weights, experts)
     assert set(sizes) == {D, F}
     assert_standard(got, x, ids, weights, experts)
@@ -230,7 +245,7 @@ def test_prepare_swaps_the_kernels_once():
         (dict(ids=np.zeros((13, 2), np.float32)), "ids: dtype float32"),
         (dict(weights=np.zeros((13, 1), np.float32)), r"ids and weights: .* \(13, 1\)"),
         (dict(layer=0), "layer: experts of shape .* takes no layer index, got 0"),
-        (dict(experts="gelu_tanh"), "layer: experts of shape .* needs layer index, got None"),
+        (dict(experts=make_experts(5, D, F, layers=(3,))), "layer: experts of shape .* needs layer index, got None"),
         (dict(plan=(7, 2)), r"plan: made for ids of shape \(7, 2\), got \(13, 2\)"),
         (dict(implementation="cuda"), "'cuda' is no implementation of routed_mlp; there are: xla_tiles, xla_ragged"),
         (dict(implementation="cuda", tokens=0), "'cuda' is no implementation of routed_mlp"),
@@ -239,12 +254,10 @@ def test_prepare_swaps_the_kernels_once():
 def test_refusals(monkeypatch, changed, message):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations would refuse some first
     changed = dict(changed)
-    x, ids, weights, experts, _ = make("swiglu")
+    x, ids, weights, experts = base()
     if "plan" in changed:
         slot, rest = np.zeros(changed["plan"], np.int32), np.zeros(8, np.int32)
         changed["plan"] = Plan(rest, slot, rest[:1], rest[0], tile_rows=8, in_place=False)
-    if "experts" in changed:
-        changed["experts"] = make(changed["experts"])[3]
     tokens = slice(changed.pop("tokens", 13))
     with pytest.raises(ValueError, match=message):
         routed_mlp(**{**dict(x=x[tokens], ids=ids[tokens], weights=weights[tokens], experts=experts), **changed})
