@@ -30,9 +30,9 @@ def routed_mlp(
 
     Args: `x` `[G, D]`, `ids` int `[G, A]` (an id outside `[0, E)` takes no time and adds nothing, whatever its
     weight), `weights` `[G, A]` (summed up in float32), `experts` one layer's, or a stack `[L, E, ...]` addressed by
-    the integer `layer`, which may be traced: the stack is never sliced by layer. `plan`: the plan of these ids, if
-    the caller has one. `implementation`: `xla_tiles` (default; a loop over the tiles of the plan, differentiable) or
-    `xla_ragged` (`jax.lax.ragged_dot`).
+    the integer `layer`, which may be traced (`xla_tiles` never slices the stack by layer). `plan`: the plan of these
+    ids, if the caller has one. `implementation`: `xla_tiles` (default; a loop over the tiles of the plan,
+    differentiable) or `xla_ragged` (`jax.lax.ragged_dot`).
     Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other.
 
     >>> import jax.numpy as jnp

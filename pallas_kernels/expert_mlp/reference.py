@@ -26,7 +26,8 @@ def combine(rows: jax.Array, slot: jax.Array, weights: jax.Array, dtype) -> jax.
     taken = rows.at[slot].get(mode="fill", fill_value=0)
     weights = jnp.where(slot < rows.shape[0], weights, 0)
     wide = jnp.promote_types(dtype, jnp.float32)
-    return jnp.einsum("gad,ga->gd", taken.astype(wide), weights.astype(wide)).astype(dtype)
+    exact = jax.lax.Precision.HIGHEST  # accelerators would round the operands otherwise
+    return jnp.einsum("gad,ga->gd", taken.astype(wide), weights.astype(wide), precision=exact).astype(dtype)
 
 
 def routed_mlp(x, ids, weights, experts, plan, first):
