@@ -1,6 +1,7 @@
 """The MoE block by itself, against transformers' OLMoE block; and its cost as experts are added."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,16 +103,18 @@ def _at(shape: BlockShape, tokens: int, weights: _Weights, peer: Any, setting: S
     inputs = _inputs(shape, tokens)
     program, compile_seconds = compiled(_ours(shape.top_k), inputs[0], weights.router, weights.experts)
     ours = lambda turn: program(inputs[turn % _INPUTS], weights.router, weights.experts)
-    calls = {"moe_jax": ours}
+    tensors: list[Any] = []
+    run_peer = lambda name, turn: peer(name, tensors[turn % _INPUTS])
+    calls: dict[str, Any] = {"moe_jax": ours}
     _check_against_float64(shape, inputs[0], weights, np.asarray(ours(0)))
     if peer is not None:
-        tensors = [peer.tensor(x) for x in inputs]
+        tensors += [peer.tensor(x) for x in inputs]
         for name in torch_baseline.feasible(tokens * shape.top_k, shape.width, shape.hidden):
-            calls[f"transformers {name}"] = lambda turn, name=name: peer(name, tensors[turn % _INPUTS])
+            calls[f"transformers {name}"] = functools.partial(run_peer, name)
             check_close(f"transformers {name}", calls[f"transformers {name}"](0).numpy(), np.asarray(ours(0)))
     times = in_turns(calls, setting.repeats)
     best = min((name for name in calls if name != "moe_jax"), key=lambda name: times[name].median, default=None)
-    active = np.mean([_active(shape, x, weights.router) for x in inputs])
+    active = float(np.mean([_active(shape, x, weights.router) for x in inputs]))
     rows = []
     for name, time in times.items():
         mine = name == "moe_jax"

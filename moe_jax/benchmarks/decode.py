@@ -153,7 +153,7 @@ def _agreement(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 def _active(model: Model, ids: np.ndarray, run: Run) -> float:
     """Mean over steps of the experts that a step runs, in all layers together."""
-    made = generate(model, ids, max_new_tokens=run.new, eos_token_id=(), return_record=True)
+    made: Any = generate(model, ids, max_new_tokens=run.new, eos_token_id=(), return_record=True)
     steps = range(run.prompt, run.prompt + run.new - 1)
     return float(np.mean([sum(len(np.unique(layer[:, t])) for layer in made.expert_ids) for t in steps]))
 

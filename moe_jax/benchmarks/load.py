@@ -129,7 +129,7 @@ def make_checkpoint(folder: Path, shape: ModelShape, nbytes: int, dtype: str) ->
         if shards[-1] and held + math.prod(size) * kind.itemsize > _SHARD:
             shards.append({})
         shards[-1][name] = (kind, size)
-    index = {}
+    index: dict[str, str] = {}
     for number, layout in enumerate(shards):
         file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         write_file(folder / file, layout, _arrays(layout, noise))

@@ -1,6 +1,7 @@
 """Timers and ceilings. Calls that are compared take turns, so that a shared machine's drift hits all of them."""
 
 import dataclasses
+import functools
 import os
 import statistics
 import time
@@ -34,7 +35,7 @@ class Timing:
         return statistics.median(b / a for a, b in zip(self.samples, other.samples, strict=True))
 
 
-def in_turns(calls: Mapping[str, Callable[[int], Any]], repeats: int, warmups: int = 1) -> dict[str, Timing]:
+def in_turns(calls: Mapping[Any, Callable[[int], Any]], repeats: int, warmups: int = 1) -> dict[Any, Timing]:
     """Time `calls` in turns, A B A B ...: each call takes the number of its round and returns arrays to wait for.
 
     `warmups` rounds go untimed before `repeats` timed ones. Raises `ValueError` for fewer than one round.
@@ -44,11 +45,11 @@ def in_turns(calls: Mapping[str, Callable[[int], Any]], repeats: int, warmups: i
     """
     if repeats < 1:
         raise ValueError(f"repeats: {repeats} is less than 1")
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
     for turn in range(-warmups, repeats):
         for name, call in calls.items():
             time.sleep(_REST)
-            seconds = once(lambda call=call, turn=turn: call(max(0, turn)))[1]
+            seconds = once(functools.partial(call, max(0, turn)))[1]
             if turn >= 0:
                 samples[name].append(seconds)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
