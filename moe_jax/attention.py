@@ -72,7 +72,7 @@ def project(config: AttentionConfig, weights: Weights, x: Float[Array, "B T D"],
         scale, floor = varying.temperature
         heat = 1 + scale * jnp.log1p(jnp.floor((span.positions + 1.0) / floor))
         q = (q * heat[..., None, None]).astype(q.dtype)
-    return q, {"k": k, "v": v}
+    return q, {"k": jnp.swapaxes(k, 1, 2), "v": jnp.swapaxes(v, 1, 2)}
 
 
 def _rotate(config, x, span, varying):
@@ -159,9 +159,9 @@ def _mix(config, weights, q, entries, mask):
     k, v = entries["k"], entries["v"]
     batch, count, _, head = q.shape
     q = q.reshape(batch, count, config.num_kv_heads, -1, head)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
     chances = _probabilities(config, scores, mask, weights.get("sinks"))
-    mixed = jnp.einsum("bkgts,bskv->btkgv", chances.astype(v.dtype), v)
+    mixed = jnp.einsum("bkgts,bksv->btkgv", chances.astype(v.dtype), v)
     return mixed.reshape(batch, count, config.num_heads, -1)
 
 

@@ -14,9 +14,10 @@ from .block_config import Architecture, AttentionConfig
 class KVCache:
     """What attention keeps of earlier tokens.
 
-    `entries`: `{"k": [L, B, S, K, H], "v": [L, B, S, K, Hv]}`, or for latent attention `{"latent": [L, B, S, Z],
-    "k_rotary": [L, B, S, rotary]}`. `valid [B, S]`: columns that hold a real token. `positions [B, S]`: the token's
-    position in its row, padding not counted. `used`: columns written so far, the same for all rows.
+    `entries`: `{"k": [L, B, K, S, H], "v": [L, B, K, S, Hv]}`, or for latent attention `{"latent": [L, B, S, Z],
+    "k_rotary": [L, B, S, rotary]}`; heads come before columns, since attention's products run head by head and any
+    other order would be transposed at every step. `valid [B, S]`: columns that hold a real token. `positions [B, S]`:
+    the token's position in its row, padding not counted. `used`: columns written so far, the same for all rows.
     """
 
     entries: dict[str, Array]
@@ -37,7 +38,9 @@ def make_cache(architecture: Architecture, batch: int, length: int, dtype) -> KV
     layers = len(architecture.layers)
     shapes = entry_shapes(architecture.block.attention)
     return KVCache(
-        entries={name: jnp.zeros((layers, batch, length, *shape), dtype) for name, shape in shapes.items()},
+        entries={
+            name: jnp.zeros((layers, batch, *shape[:-1], length, shape[-1]), dtype) for name, shape in shapes.items()
+        },
         valid=jnp.zeros((batch, length), bool),
         positions=jnp.zeros((batch, length), jnp.int32),
         used=jnp.zeros((), jnp.int32),
@@ -56,15 +59,15 @@ def admit(cache: KVCache, mask: Bool[Array, "B T"], positions: Int[Array, "B T"]
 
 
 def write_entries(entries: dict[str, Array], new: dict[str, Array], layer, column) -> dict[str, Array]:
-    """Put one layer's `new` entries `[B, T, ...]` at `column` of the stacks."""
+    """Put one layer's `new` entries `[B, K, T, H]` (latent: `[B, T, Z]`) at `column` of the stacks."""
     return {
         name: jax.lax.dynamic_update_slice(
-            stack, new[name][None].astype(stack.dtype), (layer, 0, column) + (0,) * (stack.ndim - 3)
+            stack, new[name][None].astype(stack.dtype), (layer, *[0] * (stack.ndim - 3), column, 0)
         )
         for name, stack in entries.items()
     }
 
 
 def read_entries(entries: dict[str, Array], layer) -> dict[str, Array]:
-    """One layer's entries, `[B, S, ...]`."""
+    """One layer's entries, `[B, K, S, H]` (latent: `[B, S, Z]`)."""
     return {name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for name, stack in entries.items()}

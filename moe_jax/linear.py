@@ -9,10 +9,12 @@ from jaxtyping import Array, Float
 def linear(x: Float[Array, "*G D"], kernel: Array, bias: Array | None = None) -> jax.Array:
     """`x [..., D]` times `kernel [*out, D]` plus `bias [*out]`: `[..., *out]` in x's dtype.
 
-    Written as `rows @ kernel.T`: of all spellings the one that XLA on a CPU fuses with the slice that took a layer's
-    kernel out of its stack, so that decoding one row reads each weight once (docs/decisions.md).
+    Of all spellings those that XLA runs fastest on a CPU: one row as `row @ kernel.T`, which is fused with the slice
+    that took a layer's kernel out of its stack, so that decoding reads each weight once; more rows with the kernel as
+    the left operand (docs/decisions.md).
     """
     *out, width = kernel.shape
-    y = x.reshape(-1, width) @ kernel.reshape(math.prod(out), width).T
+    rows, kernel = x.reshape(-1, width), kernel.reshape(math.prod(out), width)
+    y = rows @ kernel.T if len(rows) == 1 else (kernel @ rows.T).T
     y = y.reshape(*x.shape[:-1], *out)
     return y if bias is None else y + bias

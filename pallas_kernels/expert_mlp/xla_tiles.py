@@ -1,5 +1,8 @@
 """The expert MLP as a loop over the tiles of the plan: work follows the active experts, not all of them."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,24 +14,62 @@ def routed_mlp(x, ids, weights, experts, plan, first):
     """See `api.routed_mlp`."""
     if plan is None:
         plan = make_plan(ids, experts.num_experts, tile_rows(ids.size, experts.num_experts))
-    token = plan.row_choice // ids.shape[1]
-    rows = _run_tiles(x, experts.flat(), token, plan.tile_expert + first, plan.num_tiles)
-    return combine(rows, plan.slot, weights, x.dtype)
+    tiles = _tiles(plan, ids)
+    packed = plan.row_choice.shape[0] if plan.in_place else ids.size + plan.tile_rows
+    widths = (plan.tile_rows,) if plan.in_place else _widths(plan.tile_rows)
+    rows = _run_tiles(x, experts.flat(), tiles._replace(expert=tiles.expert + first), packed, widths)
+    nowhere = plan.slot >= plan.row_choice.shape[0]
+    slot = tiles.start.at[plan.slot // plan.tile_rows].get(mode="clip") + plan.slot % plan.tile_rows
+    return combine(rows, jnp.where(nowhere, packed, slot), weights, x.dtype)
+
+
+class _Tiles(NamedTuple):
+    """What the loop over tiles reads of a plan.
+
+    `token [tiles, size]`: the tokens of each tile's rows. `expert`, `length` and `start` `[tiles]`: the tile's
+    expert, its rows that hold work, and where its output begins. Outputs are packed: a tile writes `size` rows, and
+    the next tile overwrites the padding. `num_tiles`: tiles that hold work.
+    """
+
+    token: jax.Array
+    expert: jax.Array
+    length: jax.Array
+    start: jax.Array
+    num_tiles: jax.Array
+
+
+def _tiles(plan, ids):
+    choice = plan.row_choice.reshape(-1, plan.tile_rows)
+    length = jnp.full(len(choice), plan.tile_rows) if plan.in_place else (choice < ids.size).sum(1)
+    length = length.astype(jnp.int32)
+    start = jnp.cumsum(length, dtype=jnp.int32) - length
+    return _Tiles(choice // ids.shape[1], plan.tile_expert, length, start, plan.num_tiles)
 
 
 def tile_rows(rows: int, num_experts: int) -> int:
     """Rows per tile for `rows` routed rows (measured on a CPU: docs/decisions.md).
 
     Few rows per expert: one row a tile, whose products read the weights in place. Then tiles that hold nearly every
-    expert's rows at once, since each further tile copies the expert's weights again; at most 128, which fill the
-    cache.
+    expert's rows at once, since each further tile copies the expert's weights again (`_widths` spares the padding);
+    at most 128, which fill the cache.
     """
     mean = rows / num_experts
     if mean <= 2:
         return 1
     if mean <= 6:
         return 8
-    return min(128, -(-int(1.25 * mean) // 16) * 16)
+    return min(128, -(-int(1.5 * mean) // 16) * 16)
+
+
+def _widths(size: int) -> tuple[int, ...]:
+    """Rows that a tile of `size` rows may be computed with; each costs compile time.
+
+    >>> _widths(96), _widths(8)
+    ((64, 80, 96), (8,))
+    """
+    if size < 32:
+        return (size,)
+    return tuple(sorted({min(size, -(-size * part // 48) * 8) for part in (4, 5, 6)}))
 
 
 def _take(experts, index):
@@ -93,46 +134,57 @@ _PIECE_BYTES = 4 << 20
 _SMALLEST_PIECE = 1 << 20
 
 
-@jax.custom_vjp
-def _run_tiles(x, experts, token, tile_expert, num_tiles):
-    """Rows `[tiles * tile_rows, D]`: each tile's expert on its tokens; zero past `num_tiles`."""
-    tiles = tile_expert.shape[0]
-    size = token.shape[0] // tiles
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _run_tiles(x, experts, tiles, packed, widths):
+    """Rows `[packed, D]`: each tile's expert on its tokens, with the least of `widths` rows that holds them."""
+    size = tiles.token.shape[1]
+
+    def at_width(width):
+        def run(t):
+            out = _on_tile(_gather(x, tiles.token[t, :width]), experts, tiles.expert[t])
+            return jnp.pad(out, ((0, size - width), (0, 0)))
+
+        return run
 
     def body(t, rows):
-        tokens = jax.lax.dynamic_slice_in_dim(token, t * size, size)
-        taken = x.at[tokens].get(mode="fill", fill_value=0)
-        out = _on_tile(taken, experts, tile_expert[t])
-        return jax.lax.dynamic_update_slice_in_dim(rows, out, t * size, axis=0)
+        fitting = sum((tiles.length[t] > width).astype(jnp.int32) for width in widths[:-1])
+        out = jax.lax.switch(fitting, [at_width(width) for width in widths], t)
+        return jax.lax.dynamic_update_slice_in_dim(rows, out, tiles.start[t], axis=0)
 
-    return jax.lax.fori_loop(0, num_tiles, body, jnp.zeros((token.shape[0], x.shape[1]), x.dtype))
-
-
-def _forward(x, experts, token, tile_expert, num_tiles):
-    return _run_tiles(x, experts, token, tile_expert, num_tiles), (x, experts, token, tile_expert, num_tiles)
+    return jax.lax.fori_loop(0, tiles.num_tiles, body, jnp.zeros((packed, x.shape[1]), x.dtype))
 
 
-def _backward(saved, d_rows):
+def _gather(x, tokens):
+    return x.at[tokens].get(mode="fill", fill_value=0)
+
+
+def _forward(x, experts, tiles, packed, widths):
+    return _run_tiles(x, experts, tiles, packed, widths), (x, experts, tiles)
+
+
+def _backward(packed, widths, saved, d_rows):
     """The same loop backwards, recomputing each tile; weight gradients accumulate in place in float32."""
-    x, experts, token, tile_expert, num_tiles = saved
-    size = token.shape[0] // tile_expert.shape[0]
+    del packed, widths
+    x, experts, tiles = saved
+    size = tiles.token.shape[1]
 
     def body(t, carry):
         d_x, d_experts = carry
-        tokens = jax.lax.dynamic_slice_in_dim(token, t * size, size)
-        taken = x.at[tokens].get(mode="fill", fill_value=0)
-        _, pull = jax.vjp(expert, taken, _take(experts, tile_expert[t]))
-        d_taken, d_expert = pull(jax.lax.dynamic_slice_in_dim(d_rows, t * size, size))
+        index, tokens = tiles.expert[t], tiles.token[t]
+        _, pull = jax.vjp(expert, _gather(x, tokens), _take(experts, index))
+        d_out = jax.lax.dynamic_slice_in_dim(d_rows, tiles.start[t], size)
+        d_out = jnp.where(jnp.arange(size)[:, None] < tiles.length[t], d_out, 0)  # the rest is the next tile's
+        d_taken, d_expert = pull(d_out)
         d_x = d_x.at[tokens].add(d_taken.astype(d_x.dtype), mode="drop")
-        add = lambda total, part: total.at[tile_expert[t]].add(part.astype(total.dtype))
+        add = lambda total, part: total.at[index].add(part.astype(total.dtype))
         return d_x, jax.tree.map(add, d_experts, d_expert)
 
     def wide(w):
         return jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
 
-    d_x, d_experts = jax.lax.fori_loop(0, num_tiles, body, (wide(x), jax.tree.map(wide, experts)))
+    d_x, d_experts = jax.lax.fori_loop(0, tiles.num_tiles, body, (wide(x), jax.tree.map(wide, experts)))
     d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
-    return d_x.astype(x.dtype), d_experts, None, None, None
+    return d_x.astype(x.dtype), d_experts, None
 
 
 _run_tiles.defvjp(_forward, _backward)

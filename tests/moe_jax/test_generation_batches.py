@@ -143,6 +143,7 @@ def test_draws_do_not_depend_on_the_other_rows():
         changed = run(ids[others], mask[others], **options)[:, 9:]
         for row, other in enumerate(others):
             assert np.array_equal(changed[row], out[row]) == (row == other)
+        assert len({tuple(row) for row in changed.tolist()}) == 3  # equal prompts still draw each their own text
     np.testing.assert_array_equal(run(ids, mask, **options | {"key": jax.random.key(9)})[:, 9:], out)
     assert (run(ids, mask, **options | {"key": 10})[:, 9:] != out).any()
     longer = generate(golden_model("mixtral"), ids, mask, NEW + 3, eos_token_id=(), **options)
@@ -182,6 +183,18 @@ def test_replaying_a_record(case):
         np.testing.assert_array_equal(same, one)
         np.testing.assert_array_equal(got, want)
     assert (forced.ids != first.ids).any()
+
+
+def test_rows_that_have_ended_take_no_expert(free):
+    ids, mask = batch(left=True)
+    end = int(free[0, 3])
+    out = run(ids, mask, eos_token_id=end, return_record=True)
+    ended = [next((i for i, token in enumerate(row) if token == end), NEW - 1) for row in free]
+    assert ended[0] <= 3 and len(set(ended)) > 1
+    for layer in out.expert_ids:
+        for row, last in enumerate(ended):  # the end token itself is never run
+            assert (layer[row, 9 : 9 + last] >= 0).all() and (layer[row, 9 + last :] == -1).all()
+            np.testing.assert_array_equal(layer[row, :9] >= 0, np.repeat(mask[row, :, None] == 1, 2, 1))
 
 
 def layers(model):
