@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import functools
+import math
+import mmap
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -34,7 +36,7 @@ def load_weights(checkpoint: TensorSource, config: ModelConfig, dtype: Any) -> t
     for piece in plan:
         by_parameter.setdefault(piece.parameter, []).append(piece)
     shapes = parameters(config.architecture)
-    total = sum(int(np.prod(p.shape)) for p in shapes.values()) * np.dtype(dtype).itemsize
+    total = sum(math.prod(p.shape) for p in shapes.values()) * np.dtype(dtype).itemsize
     weights = {}
     with (
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
@@ -81,15 +83,19 @@ def _ignorable(name: str, config: ModelConfig) -> bool:
 def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar) -> jax.Array:
     """One stacked parameter: on a CPU filled where it will stay, elsewhere layer by layer into a donated buffer."""
 
-    def fill(target: np.ndarray, piece: Piece, index: tuple[int, ...]) -> None:
-        share = from_disk(piece, checkpoint.read(piece.name))
-        target[index] = convert(share, dtype)
-        bar.update(share.size * dtype.itemsize)
+    def fill(target: np.ndarray, piece: Piece, index: tuple[Any, ...]) -> None:
+        room = target[index + (...,)]
+        plain = piece.tensor.part[1] == 1 and not piece.tensor.transposed
+        into = room.reshape(piece.disk_shape) if plain and room.flags.c_contiguous else None
+        array = checkpoint.read(piece.name, into)
+        if array is not into:
+            target[index] = convert(from_disk(piece, array), dtype)
+        bar.update(room.nbytes)
 
     if jax.default_backend() == "cpu":
         host = _aligned(shape, dtype)
         _all(pool.submit(fill, host, piece, piece.index) for piece in parts)
-        return jnp.asarray(host)
+        return jax.device_put(host)
     buffer = jnp.zeros(shape, dtype)
     for layer in dict.fromkeys(piece.index[:1] for piece in parts):
         host = np.empty(shape[len(layer) :], dtype)
@@ -104,11 +110,10 @@ def _all(futures: Iterable[concurrent.futures.Future]) -> None:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory on a 64-byte boundary, which JAX on a CPU takes over without a copy."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+    """Zeros on a page boundary, which JAX on a CPU takes over without a copy."""
+    nbytes = max(1, math.prod(shape) * dtype.itemsize)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -86,19 +86,22 @@ class TensorFile:
             raise ValueError(f"{dtype} {shape} does not fill {last - first} bytes")
         return Entry(dtype, shape, base + first, last - first)
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor as a NumPy array of its own memory."""
+    def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
+        """The tensor as a NumPy array: `into`, if its dtype and shape are the tensor's, else one of its own memory."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise OSError(f"{self.path}: tensor {name!r} has dtype {entry.dtype}, which is not supported")
-        raw = np.empty(entry.nbytes, np.uint8)
+        dtype = DTYPES[entry.dtype]
+        if into is None or (into.dtype, into.shape) != (dtype, entry.shape) or not into.flags.c_contiguous:
+            into = np.empty(entry.shape, dtype)
+        raw = into.reshape(-1).view(np.uint8)
         done = 0
         while done < entry.nbytes:
             got = os.preadv(self._descriptor, [memoryview(raw.data)[done:]], entry.offset + done)
             if got == 0:
                 raise OSError(f"{self.path}: ends in the middle of tensor {name!r}")
             done += got
-        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return into
 
     def close(self) -> None:
         """Close the file."""

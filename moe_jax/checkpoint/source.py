@@ -31,8 +31,8 @@ class TensorSource(Protocol):
     folder: Path
     tensors: dict[str, Stored]
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+    def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
+        """One tensor; `into` itself where the file holds just what fits there."""
 
     def close(self) -> None:
         """No more reading."""
@@ -127,17 +127,17 @@ class Checkpoint:
         if alone:
             raise OSError(f"{self.folder}: FP8 tensors without their weight_scale_inv: {', '.join(alone)}")
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor, widened to float32 where it is stored quantised."""
+    def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
+        """A tensor, widened to float32 where it is stored quantised; `into` itself where it can be read there."""
         kind = self.tensors[name].kind
         if kind == "mxfp4":
             return widen_mxfp4(self._raw(f"{name}_blocks"), self._raw(f"{name}_scales"))
         if kind == "fp8":
             return widen_fp8(self._raw(name), self._raw(f"{name}_scale_inv"), self._block)
-        return self._raw(name)
+        return self._raw(name, into)
 
-    def _raw(self, name: str) -> np.ndarray:
-        return self._where[name].read(name)
+    def _raw(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
+        return self._where[name].read(name, into)
 
     def close(self) -> None:
         """Close all files."""

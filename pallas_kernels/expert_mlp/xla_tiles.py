@@ -13,10 +13,13 @@ from .reference import combine, expert
 def routed_mlp(x, ids, weights, experts, plan, first):
     """See `api.routed_mlp`."""
     if plan is None:
-        plan = make_plan(ids, experts.num_experts, tile_rows(ids.size, experts.num_experts))
+        plan = make_plan(ids, experts.num_experts, tile_rows(*ids.shape, experts.num_experts))
+    widths = (plan.tile_rows,)
+    if not plan.in_place:
+        kernels = sum(w.nbytes for w in (experts.gate, experts.up, experts.down) if w is not None)
+        widths = row_widths(plan.tile_rows, ids.size / experts.num_experts, kernels / experts.up[..., 0, 0].size)
     tiles = _tiles(plan, ids)
     packed = plan.row_choice.shape[0] if plan.in_place else ids.size + plan.tile_rows
-    widths = (plan.tile_rows,) if plan.in_place else _widths(plan.tile_rows)
     rows = _run_tiles(x, experts.flat(), tiles._replace(expert=tiles.expert + first), packed, widths)
     nowhere = plan.slot >= plan.row_choice.shape[0]
     slot = tiles.start.at[plan.slot // plan.tile_rows].get(mode="clip") + plan.slot % plan.tile_rows
@@ -46,30 +49,45 @@ def _tiles(plan, ids):
     return _Tiles(choice // ids.shape[1], plan.tile_expert, length, start, plan.num_tiles)
 
 
-def tile_rows(rows: int, num_experts: int) -> int:
-    """Rows per tile for `rows` routed rows (measured on a CPU: docs/decisions.md).
+def tile_rows(tokens: int, choices: int, num_experts: int) -> int:
+    """Rows per tile (measured on a CPU: docs/decisions.md).
 
-    Few rows per expert: one row a tile, whose products read the weights in place. Then tiles that hold nearly every
-    expert's rows at once, since each further tile copies the expert's weights again (`_widths` spares the padding);
-    at most 128, which fill the cache.
+    Few rows in all: one row a tile, whose products read the weights in place. Otherwise tiles that hold an expert's
+    rows at once even where all tokens go to few experts, since each further tile copies the weights again; at most
+    128 rows, which fill the cache. `row_widths` spares the padding.
+
+    >>> tile_rows(8, 4, num_experts=32), tile_rows(32, 8, num_experts=64), tile_rows(512, 8, num_experts=64)
+    (1, 24, 128)
     """
-    mean = rows / num_experts
-    if mean <= 2:
+    if tokens * choices <= min(512, 2 * num_experts):
         return 1
-    if mean <= 6:
-        return 8
-    return min(128, -(-int(1.5 * mean) // 16) * 16)
+    return max(8, min(128, (tokens - 1) // 8 * 8))
 
 
-def _widths(size: int) -> tuple[int, ...]:
-    """Rows that a tile of `size` rows may be computed with; each costs compile time.
+def row_widths(size: int, mean: float, expert_bytes: float) -> tuple[int, ...]:
+    """How many rows of a tile of `size` may be computed, least first: few, since each costs compile time.
 
-    >>> _widths(96), _widths(8)
-    ((64, 80, 96), (8,))
+    They lie close where tiles of `mean` rows on average will end. The first may be `ROW_BY_ROW` or less: such tiles
+    run each row by itself, which pays for more than one row only where the expert's kernels stay in the cache.
+
+    >>> row_widths(128, mean=64.0, expert_bytes=25e6), row_widths(24, mean=4.0, expert_bytes=25e6)
+    ((32, 64, 80, 96, 128), (1, 8, 24))
     """
-    if size < 32:
+    if size <= 8:
         return (size,)
-    return tuple(sorted({min(size, -(-size * part // 48) * 8) for part in (4, 5, 6)}))
+    if mean <= 6:
+        widths = {ROW_BY_ROW if expert_bytes <= _CACHED_BYTES else 1, 8, 32, size}
+    elif mean <= 24:
+        widths = {8, 16, 32, size}
+    else:
+        widths = {-(-int(mean * part) // 8) * 8 for part in (0.5, 1, 1.25, 1.5)} | {size}
+    return tuple(sorted(width for width in widths if width <= size))
+
+
+#: Most rows of one expert that run one by one rather than as a product of 8.
+ROW_BY_ROW = 4
+#: Size of an expert that a CPU's last-level cache keeps from one row to the next.
+_CACHED_BYTES = 8 << 20
 
 
 def _take(experts, index):
@@ -139,16 +157,28 @@ def _run_tiles(x, experts, tiles, packed, widths):
     """Rows `[packed, D]`: each tile's expert on its tokens, with the least of `widths` rows that holds them."""
     size = tiles.token.shape[1]
 
-    def at_width(width):
+    def at_once(width):
         def run(t):
             out = _on_tile(_gather(x, tiles.token[t, :width]), experts, tiles.expert[t])
             return jnp.pad(out, ((0, size - width), (0, 0)))
 
         return run
 
+    def row_by_row(t):
+        if size == 1:
+            return at_once(1)(t)
+
+        def row(r, out):
+            y = _on_tile(_gather(x, tiles.token[t, r][None]), experts, tiles.expert[t])
+            return jax.lax.dynamic_update_slice_in_dim(out, y, r, axis=0)
+
+        return jax.lax.fori_loop(0, tiles.length[t], row, jnp.zeros((size, x.shape[1]), x.dtype))
+
+    branches = [row_by_row if width <= ROW_BY_ROW else at_once(width) for width in widths]
+
     def body(t, rows):
         fitting = sum((tiles.length[t] > width).astype(jnp.int32) for width in widths[:-1])
-        out = jax.lax.switch(fitting, [at_width(width) for width in widths], t)
+        out = jax.lax.switch(fitting, branches, t)
         return jax.lax.dynamic_update_slice_in_dim(rows, out, tiles.start[t], axis=0)
 
     return jax.lax.fori_loop(0, tiles.num_tiles, body, jnp.zeros((packed, x.shape[1]), x.dtype))
