@@ -33,7 +33,8 @@ def routed_mlp(
     the integer `layer`, which may be traced (`xla_tiles` never slices the stack by layer). `plan`: the plan of these
     ids, if the caller has one. `implementation`: `xla_tiles` (default; a loop over the tiles of the plan,
     differentiable) or `xla_ragged` (`jax.lax.ragged_dot`).
-    Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other.
+    Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other and, where it is not traced,
+    a `layer` that there is not.
 
     >>> import jax.numpy as jnp
     >>> eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
@@ -45,6 +46,8 @@ def routed_mlp(
     if experts.stacked != (layer is not None):
         need = "needs" if experts.stacked else "takes no"
         raise ValueError(f"layer: experts of shape {experts.up.shape} {need} layer index, got {layer}")
+    if layer is not None and not isinstance(layer, jax.core.Tracer) and not 0 <= layer < experts.up.shape[0]:
+        raise ValueError(f"layer: {layer} of {experts.up.shape[0]} layers")
     run = OPERATION.choose(implementation)
     if ids.size == 0:
         return jnp.zeros_like(x)

@@ -1,5 +1,6 @@
 """The routing operation: signature, checks and choice of implementation."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -35,7 +36,8 @@ def route(
     Args: `logits` float `[G, E]` (computed in float32), `bias` `[E]`; `forced` int `[G, k]` replaces the choice where
     it is not negative, weighed by this call's scores (replayed routing).
     Returns: `ids` int32 `[G, k]`, best first; `weights` float32 `[G, k]`; `counts` int32 `[E]`, choices per expert.
-    Raises `ValueError` for k outside `[1, E]`, groups that do not divide E, top_groups that leave fewer than k.
+    Raises `ValueError` for k outside `[1, E]`, groups that do not divide E, top_groups that leave fewer than k, and
+    forced ids of E or more (their weights are NaN where `forced` is traced and cannot be looked at).
 
     >>> import jax.numpy as jnp
     >>> ids, weights, counts = route(jnp.array([[0.0, 2.0, 1.0, -1.0]]), 2)
@@ -63,5 +65,7 @@ def route(
         raise ValueError(f"groups: {groups} groups of one expert have no best two to be ranked by")
     if forced is not None and forced.shape != (logits.shape[0], k):
         raise ValueError(f"forced: shape {forced.shape}, expected {(logits.shape[0], k)}")
+    if forced is not None and not isinstance(forced, jax.core.Tracer) and (forced >= experts).any():
+        raise ValueError(f"forced: id {forced.max()} of {experts} experts")
     run = OPERATION.choose(implementation)
     return run(logits, k, score, renormalize, bias, groups, top_groups, scale, jitter, forced)

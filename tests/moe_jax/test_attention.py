@@ -20,8 +20,8 @@ def draw(queries=7, keys=9, seed=0):
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(2, queries, HEADS, HEAD)).astype(np.float32)
     entries = {
-        "k": rng.normal(size=(2, keys, KV_HEADS, HEAD)).astype(np.float32),
-        "v": rng.normal(size=(2, keys, KV_HEADS, VALUE)).astype(np.float32),
+        "k": rng.normal(size=(2, KV_HEADS, keys, HEAD)).astype(np.float32),
+        "v": rng.normal(size=(2, KV_HEADS, keys, VALUE)).astype(np.float32),
     }
     mask = rng.random((2, queries, keys)) < 0.6
     mask[..., 0] = True
@@ -37,7 +37,7 @@ def run(config, q, entries, mask, weights):
 def plain(q, entries, mask, weights, sinks=None):
     y = np.zeros((*q.shape[:2], WIDTH))
     for b, t, n in np.ndindex(*q.shape[:3]):
-        k, v = (entries[name][b, :, n * KV_HEADS // HEADS].astype(np.float64) for name in "kv")
+        k, v = (entries[name][b, n * KV_HEADS // HEADS].astype(np.float64) for name in "kv")
         powers = np.exp(0.3 * (k @ q[b, t, n].astype(np.float64))) * mask[b, t]
         total = powers.sum() + (0 if sinks is None else np.exp(float(sinks[n])))
         y[b, t] += weights["o"][:, n].astype(np.float64) @ (powers / total @ v)

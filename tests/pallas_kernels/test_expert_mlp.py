@@ -193,6 +193,19 @@ def test_the_batch_does_not_change_a_tokens_bits():
     np.testing.assert_array_equal(tiles(x, others, weights, experts)[9], whole[9])
 
 
+@pytest.mark.parametrize("tokens, num, choices", [(150, 3, 1), (150, 20, 2), (60, 20, 1), (17, 20, 3)])
+def test_every_width_of_a_tile(tokens, num, choices):
+    """Even and uneven loads: tiles of one row to full ones, several of one expert, experts without any."""
+    widths = xla_tiles.row_widths(xla_tiles.tile_rows(tokens, choices, num), tokens * choices / num, 12.0 * D * F)
+    assert len(widths) > 1 or tokens * choices <= 2 * num
+    x, ids, weights = (np.array(a) for a in make_tokens(tokens, D, num, choices, np.float32))
+    experts = make_experts(num, D, F, layout="out_in", biases=True)
+    few = np.arange(choices) + np.zeros_like(ids)
+    grown = np.searchsorted(np.cumsum(2 ** np.arange(num)), np.arange(1, tokens + 1))[:, None] + np.arange(choices)
+    for chosen in (ids, few, grown % num, np.where(ids % 2, num, ids)):
+        assert_standard(tiles(x, chosen.astype(np.int32), weights, experts), x, chosen, weights, experts)
+
+
 def test_an_idle_experts_weights_are_not_read():
     """What `xla_ragged` cannot: on a CPU it multiplies every expert's weights by zeros, also those that are NaN."""
     x, _, weights, experts = base()
@@ -246,6 +259,8 @@ def test_prepare_swaps_the_kernels_once():
         (dict(weights=np.zeros((13, 1), np.float32)), r"ids and weights: .* \(13, 1\)"),
         (dict(layer=0), "layer: experts of shape .* takes no layer index, got 0"),
         (dict(experts=make_experts(5, D, F, layers=(3,))), "layer: experts of shape .* needs layer index, got None"),
+        (dict(experts=make_experts(5, D, F, layers=(3,)), layer=3), "layer: 3 of 3 layers"),
+        (dict(experts=make_experts(5, D, F, layers=(3,)), layer=np.int32(-1)), "layer: -1 of 3 layers"),
         (dict(plan=(7, 2)), r"plan: made for ids of shape \(7, 2\), got \(13, 2\)"),
         (dict(implementation="cuda"), "'cuda' is no implementation of routed_mlp; there are: xla_tiles, xla_ragged"),
         (dict(implementation="cuda", tokens=0), "'cuda' is no implementation of routed_mlp"),

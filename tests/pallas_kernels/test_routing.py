@@ -233,6 +233,7 @@ class TestEveryImplementation:
         (dict(score="sparsemixer", groups=2, top_groups=2), "sparsemixer .* groups=2"),
         (dict(score="sigmoid", groups=8, top_groups=2), "groups: 8 groups of one expert have no best two"),
         (dict(forced=np.zeros((2, 1), int)), r"forced: shape \(2, 1\), expected \(2, 2\)"),
+        (dict(forced=np.array([[0, -1], [8, 1]])), "forced: id 8 of 8 experts"),
         (dict(implementation="cuda"), "implementation: 'cuda' is no implementation of route; there are: xla"),
     ],
 )
