@@ -33,8 +33,8 @@ def routed_mlp(
     the integer `layer`, which may be traced (`xla_tiles` never slices the stack by layer). `plan`: the plan of these
     ids, if the caller has one. `implementation`: `xla_tiles` (default; a loop over the tiles of the plan,
     differentiable) or `xla_ragged` (`jax.lax.ragged_dot`).
-    Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other and, where it is not traced,
-    a `layer` that there is not.
+    Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other and for a `layer` that
+    there is not, unless it is traced.
 
     >>> import jax.numpy as jnp
     >>> eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
