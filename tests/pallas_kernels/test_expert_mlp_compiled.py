@@ -10,6 +10,7 @@ from pallas_kernels import Experts, routed_mlp
 L, E, D, F, A = 3, 8, 64, 96, 2
 JAX = tuple(int(part) for part in jax.__version__.split(".")[:2])
 
+
 def layers(x, ids, weights, experts):
     return jax.lax.fori_loop(0, L, lambda i, x: x + routed_mlp(x, ids, weights, experts, layer=i), x)
 
