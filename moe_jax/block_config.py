@@ -1,7 +1,7 @@
 """What a transformer block is made of: one frozen description that every model family translates into."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from pallas_kernels import Activation
 
@@ -98,6 +98,9 @@ class AttentionConfig:
             raise ValueError(f"rope: rotates {self.rope.dim} components of a head of {self.head_dim}")
 
 
+Score = Literal["softmax", "sigmoid", "sparsemixer"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """The gate rule: how logits become chosen experts and weights (see `pallas_kernels.route`).
@@ -108,7 +111,7 @@ class RouterConfig:
 
     num_experts: int
     top_k: int
-    score: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    score: Score = "softmax"
     renormalize: bool = True
     groups: int = 1
     top_groups: int = 1
@@ -120,6 +123,8 @@ class RouterConfig:
 
     def __post_init__(self):
         _positive(self, "num_experts", "top_k", "groups", "top_groups")
+        if self.score not in get_args(Score):
+            raise ValueError(f"score: {self.score!r} is not one of {', '.join(get_args(Score))}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k: {self.top_k} experts per token out of num_experts {self.num_experts}")
         if self.num_experts % self.groups or self.top_groups > self.groups:
@@ -128,6 +133,8 @@ class RouterConfig:
             )
         if self.top_groups * (self.num_experts // self.groups) < self.top_k:
             raise ValueError(f"top_k: {self.top_k} experts do not fit in {self.top_groups} groups")
+        if self.score == "sparsemixer" and (self.top_k != 2 or self.groups != 1 or self.selection_bias):
+            raise ValueError(f"top_k: {self.top_k}; sparsemixer chooses 2 experts, without bias or groups")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

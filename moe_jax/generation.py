@@ -63,12 +63,12 @@ def generate(
     model: Model,
     input_ids: Any,
     attention_mask: Any = None,
-    max_new_tokens: int = 24,
+    max_new_tokens: int | np.integer = 24,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     eos_token_id: int | tuple[int, ...] | None = None,
-    key: Array | int | None = None,
+    key: Array | int | np.integer | None = None,
     *,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
@@ -83,7 +83,8 @@ def generate(
     the model's own, `()` for none; `return_record`: return a `Generated` with the chosen experts; `routing`: such a
     record (or arrays per MoE layer `[B, T + max_new_tokens, A]`, -1 where the router decides) to be followed.
     Returns int32 `[B, T + max_new_tokens]`: new tokens start at column T whatever the padding; rows that end early
-    are filled with the pad token, else the end token. It stops as soon as all rows have ended.
+    are filled with the pad token, else the end token. It stops as soon as all rows have ended. With LongRoPE
+    (Phi-3.5-MoE) all rows rotate by the long factors if the longest could pass the original length.
     Raises `ValueError` for arguments out of range, ids outside the vocabulary, or more tokens than the context.
 
     >>> from moe_jax.model import tiny_config
@@ -93,16 +94,17 @@ def generate(
     options = {"min_p": min_p, "repetition_penalty": repetition_penalty, "routing": routing, "record": return_record}
     sampler_options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     run = _Run(model, input_ids, attention_mask, max_new_tokens, eos_token_id, key, **sampler_options, **options)
-    if max_new_tokens:
+    if run.new:
         run.start()
-        run.advance(max_new_tokens)
+        run.advance(run.new)
     return run.result()
 
 
 def stream(model: Model, input_ids: Any, attention_mask: Any = None, **options: Any) -> Iterator[np.ndarray]:
-    """`generate` as an iterator: yields the new tokens int32 `[B]` one step at a time, with the same arguments.
+    """`generate` as an iterator: yields the new tokens int32 `[B]` one step at a time.
 
-    Rows that have ended yield the pad token; the iterator ends when all have.
+    Arguments as in `generate`, without `return_record`. Rows that have ended yield the pad token; the iterator ends
+    when all have.
 
     >>> from moe_jax.model import tiny_config
     >>> len(list(stream(Model.initialize(tiny_config()), [[1, 2, 3]], max_new_tokens=4)))
@@ -127,8 +129,9 @@ class _Run:
     """One call of `generate` or `stream`: checked inputs, compiled functions' state."""
 
     def __init__(self, model, input_ids, attention_mask, new, eos, key=None, *, routing=None, record=False, **sampling):
-        if isinstance(new, bool) or not isinstance(new, int) or new < 0:
+        if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 0:
             raise ValueError(f"max_new_tokens: {new!r} is not a non-negative integer")
+        new = int(new)
         self.sampler = make_sampler(**sampling)
         if self.sampler.temperature is not None and key is None:
             raise ValueError(f"key: temperature {self.sampler.temperature} needs a JAX key or an integer seed")
@@ -137,7 +140,7 @@ class _Run:
         self.given = np.asarray(input_ids, np.int32)
         self.eos = _stop_ids(model, eos)
         self.pad = _pad_id(model, self.eos)
-        self.key = jax.random.key(key) if isinstance(key, int) else key
+        self.key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
         rows, prompt = self.ids.shape
         self.prompt, self.width, self.room = prompt, bucket(prompt), bucket(max(new, 1))
         forced = forced_ids(model.architecture, routing, (rows, prompt + new))
@@ -203,7 +206,7 @@ def _stop_ids(model: Model, eos: Any) -> tuple[int, ...]:
 def _pad_id(model: Model, eos: tuple[int, ...]) -> int:
     pad = model.generation.get("pad_token_id")
     found = (*((pad,) if pad is not None else ()), *model.config.token_ids("pad"), *eos, 0)
-    return int(found[0])
+    return next(int(i) for i in found if 0 <= i < model.architecture.vocab_size)  # old Llama configs say -1
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

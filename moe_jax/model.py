@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dims import Array as AnyArray
+from pallas_kernels.expert_mlp.api import OPERATION
 
 from . import decoder
 from .block import RoutingRequest
@@ -113,12 +114,13 @@ def tiny_config() -> ModelConfig:
 
 
 def _implementation(given: str | Mapping[str, str] | None) -> str | None:
-    if given is None or isinstance(given, str):
-        return given
-    unknown = sorted(set(given) - {"routed_mlp"})
-    if unknown:
-        raise ValueError(f"implementation: unknown operations {', '.join(unknown)}; there is: routed_mlp")
-    return given.get("routed_mlp")
+    if isinstance(given, Mapping):
+        unknown = sorted(set(given) - {"routed_mlp"})
+        if unknown:
+            raise ValueError(f"implementation: unknown operations {', '.join(unknown)}; there is: routed_mlp")
+        given = given.get("routed_mlp")
+    OPERATION.choose(given)  # refuses an unknown name
+    return given
 
 
 def _draw(key, name, parameter, dtype):

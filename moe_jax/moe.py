@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import Activation, Experts, capacity_mlp
 from pallas_kernels.dims import Array as AnyArray
+from pallas_kernels.expert_mlp.api import OPERATION
 
 from .block import mlp, run_experts
 from .block_config import RouterConfig
@@ -27,7 +28,7 @@ class MoE(nnx.Module):
       capacity_factor: None for dropless routing; else each expert takes at most
         `ceil(G * A / E * capacity_factor)` choices of a call and the rest are dropped.
       implementation: the experts' implementation by name, see `pallas_kernels.routed_mlp`.
-      dtype: of the parameters; tokens are computed in their own dtype promoted with it.
+      dtype: of the parameters; the output has the tokens' dtype promoted with it.
       rngs: where initial weights come from: normal with standard deviation `1/sqrt(fan-in)`.
       gate: further fields of `moe_jax.block_config.RouterConfig` (`score`, `renormalize`, `groups`, `scale`, ...).
 
@@ -61,6 +62,9 @@ class MoE(nnx.Module):
             raise ValueError(f"capacity_factor: {capacity_factor} is not positive")
         if width < 1 or hidden < 1 or shared_hidden < 0:
             raise ValueError(f"width, hidden, shared_hidden: {width}, {hidden}, {shared_hidden}")
+        if capacity_factor is not None and self.config.scale_input:
+            raise ValueError("capacity_factor: not supported with scale_input")
+        OPERATION.choose(implementation)  # refuses an unknown name
         self.capacity_factor, self.implementation = capacity_factor, implementation
 
         def normal(*shape):
@@ -98,6 +102,7 @@ class MoE(nnx.Module):
         if mask is not None and mask.shape != x.shape[:-1]:
             raise ValueError(f"mask: shape {mask.shape}, expected {x.shape[:-1]}")
         rows = jnp.asarray(x).reshape(-1, width)
+        rows = rows.astype(jnp.promote_types(rows.dtype, self.experts["up"].dtype))
         logits, ids, gates = choose(self.config, _arrays(self.router), rows)
         if mask is not None:
             ids = jnp.where(jnp.asarray(mask).reshape(-1, 1), ids, -1)
@@ -117,8 +122,6 @@ class MoE(nnx.Module):
             return run_experts(
                 self.config.scale_input, rows, routing.ids, routing.weights, experts, None, self.implementation
             )
-        if self.config.scale_input:
-            raise ValueError("capacity_factor: not supported with scale_input")
         given = rows, routing.ids, routing.weights, routing.position
         return capacity_mlp(*given, experts, capacity=routing.capacity)
 

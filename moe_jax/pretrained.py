@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from .checkpoint.gguf_llama import GGUFCheckpoint
 from .checkpoint.hub import resolve
 from .checkpoint.load import load_weights
-from .checkpoint.save import write_weights
+from .checkpoint.save import write_json, write_weights
 from .checkpoint.source import Checkpoint, TensorSource
 from .config import ModelConfig
 from .model import Model
@@ -80,14 +80,15 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
     """Write a model in the Hugging Face layout of its family: safetensors, `config.json`, generation settings.
 
     Tensors keep the model's dtype, so that loading them again gives equal weights; transformers reads the folder
-    too. Files appear under their names when they are whole. Raises `OSError` if the folder cannot be written.
+    too. Each file appears under its name when it is whole; weights of an earlier save are removed after the new ones
+    stand. Raises `OSError` if the folder cannot be written.
 
     >>> import tempfile
     >>> from moe_jax.model import Model, tiny_config
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_pretrained(Model.initialize(tiny_config()), folder)
     ...     sorted(p.name for p in Path(folder).iterdir())
-    ['config.json', 'generation_config.json', 'model.safetensors']
+    ['config.json', 'model.safetensors']
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +99,11 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
         values.pop("dtype", None)
         if values:
             values["torch_dtype"] = str(model.dtype)
-    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps(model.generation, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", hub)
+    if model.generation:
+        write_json(folder / "generation_config.json", model.generation)
+    else:  # an empty one would hide the stop tokens of `config.json` from transformers
+        (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def _dtype(dtype: Any) -> jnp.dtype:

@@ -23,10 +23,11 @@ class StopFilter:
     ('one ', '', 'ENd ', True)
     """
 
-    def __init__(self, stop: Sequence[str]):
+    def __init__(self, stop: str | Sequence[str]):
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if any(not s for s in stop):
             raise ValueError("stop: an empty stop string would end every text at once")
-        self.stop, self.held, self.stopped = tuple(stop), "", False
+        self.stop, self.held, self.stopped = stop, "", False
 
     def push(self, text: str) -> str:
         """The text that may be shown after `text` has come in."""
@@ -60,7 +61,7 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> tuple[np.ndarray,
 
 
 def stream_text(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, stop: Sequence[str] = (), **options: Any
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, stop: str | Sequence[str] = (), **options: Any
 ) -> Iterator[list[str]]:
     """Continue prompts and yield, step by step, each row's new piece of text ("" where there is none yet).
 
@@ -70,7 +71,8 @@ def stream_text(
     ids, mask = encode(tokenizer, prompts)
     if options.get("eos_token_id") is None:
         own = model.generation.get("eos_token_id")
-        options["eos_token_id"] = tokenizer.eos_token_ids if own is None else own
+        known = {*model.config.token_ids("eos"), *tokenizer.eos_token_ids}
+        options["eos_token_id"] = tuple(sorted(known)) if own is None else own
     ends = options["eos_token_id"]
     ends = {ends} if isinstance(ends, int) else set(ends)
     streams = [tokenizer.decode_stream() for _ in ids]
@@ -93,7 +95,7 @@ def stream_text(
 
 
 def generate_text(
-    model: Model, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, stop: Sequence[str] = (), **options: Any
+    model: Model, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, stop: str | Sequence[str] = (), **options: Any
 ) -> list[str]:
     """The whole continuations of several prompts of any lengths; see `stream_text`."""
     texts = [""] * len(prompts)

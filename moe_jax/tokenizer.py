@@ -207,7 +207,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Loads the tokenizer of a model folder: tokenizer.json, or else SentencePiece's tokenizer.model.
 
     Reads tokenizer_config.json, special_tokens_map.json, chat_template.jinja and generation_config.json where
-    present. Raises OSError where the folder has no tokenizer or a file is broken, ImportError without the packages.
+    present. Raises OSError where the folder has no tokenizer, a file is broken or a package is missing.
     A tokenizer.model puts its leading space before the text after each special token ("legacy" behaviour, what
     Llama and Mixtral were trained with) unless tokenizer_config.json has "legacy": false.
 

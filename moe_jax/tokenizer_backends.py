@@ -17,11 +17,11 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def need(name: str) -> Any:
-    """Imports a package of the `text` extra, or says how to get it."""
+    """Imports an optional package, or says how to get it in an `OSError`."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{name} is needed for this tokenizer: pip install 'moe-jax[text]'") from error
+        raise OSError(f"{name} is needed for this tokenizer: pip install {name}") from error
 
 
 def read_text(path: Path) -> str:

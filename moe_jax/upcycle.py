@@ -8,8 +8,9 @@ from .model import Model
 
 _COPIED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings "
-    "bos_token_id eos_token_id pad_token_id initializer_range attention_dropout use_cache torch_dtype dtype"
+    "hidden_act max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters "
+    "original_max_position_embeddings partial_rotary_factor tie_word_embeddings eos_token_id pad_token_id "
+    "initializer_range attention_dropout use_cache torch_dtype dtype"
 ).split()
 
 
@@ -37,6 +38,8 @@ def upcycle(model: Model, num_experts: int = 4, top_k: int = 2, seed: int = 0) -
     hub.setdefault("rope_theta", 10000.0)  # the families' defaults differ
     hub.setdefault("rms_norm_eps", 1e-6)
     new = ModelConfig.from_dict(hub)
+    if new.architecture.block.attention != block.attention:
+        raise ValueError("upcycle: Mixtral's config cannot say how this Llama attends")
     weights = model.arrays()
     dense = weights.pop("dense")
     layers, width = config.num_layers, block.width

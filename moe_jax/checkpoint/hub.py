@@ -5,14 +5,15 @@ import re
 from pathlib import Path
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
-_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja")
+_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
 
 
 def resolve(path_or_id: str | os.PathLike) -> Path:
     """A folder as it is; an id such as `mistralai/Mixtral-8x7B-v0.1` downloaded through `huggingface_hub`.
 
-    Only safetensors, JSON and tokenizer files are fetched. Raises `OSError` for what is neither a folder nor a
-    well-formed id, for a missing `huggingface_hub`, and when the hub cannot be reached or has no such model.
+    Only safetensors, JSON and tokenizer files at the top are fetched; some models keep a second copy in a folder.
+    Raises `OSError` for what is neither a folder nor a well-formed id, for a missing `huggingface_hub`, and when the
+    hub cannot be reached or has no such model.
     """
     name = os.fspath(path_or_id)
     path = Path(name).expanduser()
@@ -28,6 +29,6 @@ def resolve(path_or_id: str | os.PathLike) -> Path:
             "pip install 'moe-jax[hub]', or give a folder"
         ) from error
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_FILES, ignore_patterns="*/*"))
     except Exception as error:  # the hub raises errors of several libraries; none of them is ours to list
         raise OSError(f"{name}: could not be fetched from the hub ({type(error).__name__}: {error})") from error

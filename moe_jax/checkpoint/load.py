@@ -32,6 +32,7 @@ def load_weights(checkpoint: TensorSource, config: ModelConfig, dtype: Any) -> t
     """
     plan = list(pieces(config))
     ignored = _check(checkpoint, config, plan)
+    _check_tied_head(checkpoint, config)
     by_parameter: dict[str, list[Piece]] = {}
     for piece in plan:
         by_parameter.setdefault(piece.parameter, []).append(piece)
@@ -68,6 +69,15 @@ def _check(checkpoint: TensorSource, config: ModelConfig, plan: list[Piece]) -> 
     if problems:
         raise OSError(f"{checkpoint.folder}: tensors do not fit {config!r}; " + "; ".join(problems))
     return ignored
+
+
+def _check_tied_head(checkpoint: TensorSource, config: ModelConfig) -> None:
+    """A head that is stored although the config ties it to the embedding must be a copy of it."""
+    head, embedding = (config.family.prefix + config.family.tensors[n].name for n in ("head.kernel", "embedding"))
+    if not config.architecture.tied or head not in checkpoint.tensors:
+        return
+    if not np.array_equal(checkpoint.read(head), checkpoint.read(embedding)):
+        raise OSError(f"{checkpoint.folder}: tie_word_embeddings is true, but {head} is not equal to {embedding}")
 
 
 def _ignorable(name: str, config: ModelConfig) -> bool:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,9 @@ from ..config import ModelConfig
 from ..weights import Weights, flattened
 from .layout import Piece, pieces, to_disk
 from .safetensors import write_file
+
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def write_weights(folder: Path, config: ModelConfig, weights: Weights, max_shard_bytes: int) -> None:
@@ -20,18 +25,22 @@ def write_weights(folder: Path, config: ModelConfig, weights: Weights, max_shard
     for piece in pieces(config):
         tensors.setdefault(piece.name, []).append(piece)
     shards = _shards(tensors, flat, max_shard_bytes)
-    _remove_old(folder)
-    if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], _arrays(shards[0], tensors, flat))
-        return
     index: dict[str, str] = {}
     for number, layout in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         write_file(folder / name, layout, _arrays(layout, tensors, flat))
         index |= dict.fromkeys(layout, name)
-    size = sum(_nbytes(layout) for layout in shards)
-    text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+    if len(shards) > 1:
+        size = sum(_nbytes(layout) for layout in shards)
+        write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": index})
+    _remove_old(folder, keep={*index.values(), *([_INDEX] if len(shards) > 1 else [])})
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file, under its name only when it is whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _nbytes(layout) -> int:
@@ -56,7 +65,8 @@ def _arrays(layout, tensors, flat) -> Iterator[np.ndarray]:
         yield to_disk([(piece, np.asarray(flat[piece.parameter][piece.index])) for piece in tensors[name]])
 
 
-def _remove_old(folder: Path) -> None:
+def _remove_old(folder: Path, keep: set[str]) -> None:
     """An earlier save's weights would be read in place of, or beside, the new ones."""
     for path in folder.glob("model*.safetensors*"):
-        path.unlink()
+        if path.name not in keep and _WEIGHTS.fullmatch(path.name):
+            path.unlink()

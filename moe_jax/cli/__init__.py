@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("jax").setLevel(logging.WARNING)
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     try:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         return _COMMANDS[options.command][0].run(options)
     except (ValueError, OSError) as error:
         print(f"moe-jax {options.command}: {error}", file=sys.stderr)

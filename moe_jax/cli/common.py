@@ -15,6 +15,7 @@ from ..tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 from ..upcycle import upcycle
 
 DEMO = "SmolLM2-135M-Instruct, upcycled to 4 experts"
+_DEMO_PENALTY = 1.1
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,8 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="only the likeliest that reach probability P")
     parser.add_argument("--min-p", type=float, metavar="P", help="only those P times as likely as the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="R", help="1 is none")
+    penalty = f"1 is none; unset: {_DEMO_PENALTY} for the demo model, which loops without, 1 for others"
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help=penalty)
     parser.add_argument("--seed", type=int, default=0, help="of the sampler")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
 
@@ -40,20 +42,23 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments for `stream_text` from parsed options."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
     given = {name: getattr(options, name) for name in names}
+    if given["repetition_penalty"] is None:
+        given["repetition_penalty"] = _DEMO_PENALTY if options.model is None else 1.0
     return given | {"key": options.seed if options.temperature else None}
 
 
-def load(options: argparse.Namespace, tokenizer: bool = True) -> tuple[Model, Tokenizer | None]:
-    """The model that the options name and its tokenizer; without a name the demo model, upcycled."""
+def load(options: argparse.Namespace, tokenizer: bool = True, upcycled: bool = True) -> tuple[Model, Tokenizer | None]:
+    """The model that the options name and its tokenizer; without a name the demo model, `upcycled` or as it is."""
     begin = time.perf_counter()
     path = options.model
     if path is None:
         path = str(fetch_demo())
+    reader = load_tokenizer_of(path) if tokenizer else None
     model = load_pretrained(path, dtype=options.dtype, implementation=options.implementation)
-    if options.model is None:
+    if options.model is None and upcycled:
         model = upcycle(model, num_experts=4, top_k=2)
     note(f"loaded {options.model or DEMO} in {time.perf_counter() - begin:.1f} s")
-    return model, load_tokenizer_of(path) if tokenizer else None
+    return model, reader
 
 
 def load_tokenizer_of(path: str) -> Tokenizer:

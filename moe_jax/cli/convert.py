@@ -15,19 +15,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
     parser.add_argument("--upcycle", type=int, metavar="E", help="make E experts out of each dense MLP of a Llama")
-    parser.add_argument("--top-k", type=int, default=2, metavar="K", help="experts per token of the upcycled model")
-    parser.add_argument("--seed", type=int, default=0, help="of the upcycled routers")
+    parser.add_argument("--top-k", type=int, metavar="K", help="experts per token of the upcycled model; 2 if unset")
+    parser.add_argument("--seed", type=int, help="of the upcycled routers; 0 if unset")
 
 
 def run(options: argparse.Namespace) -> int:
     """Load, convert, write."""
-    model, _ = load(options, tokenizer=False)
+    chosen = {"top_k": options.top_k, "seed": options.seed}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen and options.upcycle is None:
+        raise ValueError(f"{', '.join(chosen)}: only with --upcycle")
+    model, _ = load(options, tokenizer=False, upcycled=options.upcycle is None)
     if options.upcycle is not None:
-        model = upcycle(model, options.upcycle, options.top_k, options.seed)
+        model = upcycle(model, options.upcycle, **chosen)
     save_pretrained(model, options.output)
     try:
         load_tokenizer_of(options.model or str(fetch_demo())).save(options.output)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         note(f"no tokenizer written: {error}")
     note(f"wrote {model.config!r} to {options.output}")
     return 0

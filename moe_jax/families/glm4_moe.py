@@ -41,10 +41,9 @@ def dots1(hub: Hub) -> Architecture:
     attention = grouped_attention(hub, qkv_bias=bias, out_bias=bias, qk_norm="head")
     block = _block(hub, attention, epsilon=1e-6, renormalize=False, shared=0)
     moe = first_dense(hub, 0)
-    window = hub.integer("sliding_window", None)
-    slides = hub.flag("use_sliding_window", True) and window is not None
-    start = hub.integer("max_window_layers", 62)
-    per_layer = windows(hub, window, [slides and i >= start for i in range(len(moe))])
+    window, start = hub.window(4096), hub.integer("max_window_layers", 62)
+    hub.ignore("use_sliding_window")  # transformers goes by the window alone
+    per_layer = windows(hub, window, [window is not None and i >= start for i in range(len(moe))])
     return decoder(hub, block, [LayerConfig(moe=m, window=w) for m, w in zip(moe, per_layer, strict=True)])
 
 

@@ -31,7 +31,7 @@ def architecture(hub: Hub) -> Architecture:
         experts=MLPConfig(hidden=hub.integer("intermediate_size"), activation=activation, bias=True),
     )
     count = hub.integer("num_hidden_layers")
-    per_layer = windows(hub, hub.integer("sliding_window", 128), [i % 2 == 0 for i in range(count)])
+    per_layer = windows(hub, hub.window(128), [i % 2 == 0 for i in range(count)])
     return decoder(hub, block, [LayerConfig(moe=True, window=window) for window in per_layer])
 
 

@@ -71,6 +71,10 @@ class Hub:
         """A number."""
         return self._typed(key, default, (int, float), "a number")
 
+    def window(self, default: int | None = None) -> int | None:
+        """`sliding_window`: null is none, an absent key the family's default."""
+        return self.integer("sliding_window", None if "sliding_window" in self.values else default)
+
     def flag(self, key: str, default: Any = _REQUIRED) -> Any:
         """True or false."""
         return self._typed(key, default, (bool,), "true or false")

@@ -18,7 +18,7 @@ def architecture(hub: Hub) -> Architecture:
         ),
         experts=MLPConfig(hidden=hub.integer("intermediate_size"), activation=hub.activation()),
     )
-    layer = LayerConfig(moe=True, window=hub.integer("sliding_window", None))
+    layer = LayerConfig(moe=True, window=hub.window())
     return decoder(hub, block, [layer] * hub.integer("num_hidden_layers"))
 
 

@@ -22,7 +22,7 @@ def architecture(hub: Hub) -> Architecture:
         ),
         experts=MLPConfig(hidden=hub.integer("intermediate_size"), activation=hub.activation()),
     )
-    layer = LayerConfig(moe=True, window=hub.integer("sliding_window", None))
+    layer = LayerConfig(moe=True, window=hub.window())
     head_bias = hub.flag("lm_head_bias", False)
     return decoder(hub, block, [layer] * hub.integer("num_hidden_layers"), head_bias=head_bias)
 

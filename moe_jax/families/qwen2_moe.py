@@ -24,7 +24,7 @@ def architecture(hub: Hub) -> Architecture:
         dense=MLPConfig(hidden=hub.integer("intermediate_size"), activation=activation),
     )
     moe = every_nth(hub)
-    window = hub.integer("sliding_window", 4096)
+    window = hub.window(4096)
     slides = hub.flag("use_sliding_window", False)
     limit = hub.integer("max_window_layers", 28)
     per_layer = windows(hub, window if slides else None, [slides and i % 2 == 0 and i < limit for i in range(len(moe))])

@@ -21,7 +21,7 @@ def architecture(hub: Hub) -> Architecture:
         experts=MLPConfig(hidden=hub.integer("moe_intermediate_size"), activation=hub.activation()),
         dense=MLPConfig(hidden=hub.integer("intermediate_size"), activation=hub.activation()),
     )
-    window = hub.integer("sliding_window", None)
+    window = hub.window(4096)
     hub.ignore("max_window_layers")  # where windows are on, they are on in every layer
     window = window if hub.flag("use_sliding_window", False) else None
     return decoder(hub, block, [LayerConfig(moe=moe, window=window) for moe in every_nth(hub)])

@@ -14,8 +14,7 @@ def route(logits, k, score, renormalize, bias, groups, top_groups, scale, jitter
         ranked = scores if bias is None else scores + bias.astype(jnp.float32)
         if groups > 1:
             ranked = _keep_best_groups(ranked, groups, top_groups, best=1 if score == "softmax" else 2)
-        _, ids = jax.lax.top_k(ranked, k)
-        ids = ids if forced is None else jnp.where(forced >= 0, forced, ids)
+        ids = jax.lax.top_k(ranked, k)[1] if forced is None else _fill(ranked, k, forced)
         weights = jnp.take_along_axis(scores, ids, axis=-1)
         if renormalize:
             weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), _TINY)
@@ -26,6 +25,14 @@ def route(logits, k, score, renormalize, bias, groups, top_groups, scale, jitter
 
 # Guards the division where every chosen score underflows; far below any sum that can be told from zero.
 _TINY = 1e-20
+
+
+def _fill(ranked, k, forced):
+    """`forced` with the best of the other experts in place of negative ids."""
+    taken = (forced[:, :, None] == jnp.arange(ranked.shape[1])).any(1)
+    _, best = jax.lax.top_k(jnp.where(taken, -jnp.inf, ranked), k)
+    free = forced < 0
+    return jnp.where(free, jnp.take_along_axis(best, jnp.maximum(jnp.cumsum(free, 1) - 1, 0), axis=1), forced)
 
 
 def _keep_best_groups(ranked, groups, top_groups, best):

@@ -10,7 +10,7 @@ from moe_jax.families import FAMILIES
 from moe_jax.model import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = sorted(p for p in (ROOT / "configs" / "tiny").glob("*.json") if p.stem != "jetmoe")
+TINY = sorted(p for p in (ROOT / "configs" / "tiny").glob("*.json"))
 BASE = tiny_config().to_dict()
 
 
@@ -103,10 +103,6 @@ def test_each_key_is_honoured_or_refused(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda p: p.stem)
 def test_released_configs_load(path):
-    if "jetmoe" in path.stem:
-        with pytest.raises(ValueError, match="not supported"):
-            ModelConfig.from_json_file(path)
-        return
     assert ModelConfig.from_json_file(path).to_dict() == json.loads(path.read_text())
 
 

@@ -237,3 +237,15 @@ def test_reader_of_hub_keys():
     with pytest.raises(ValueError, match="'a' is 1; supported: "):
         hub.require("a", 2, 3)
     hub.finish()
+
+
+def test_an_absent_window_is_the_familys_and_a_null_one_is_none():
+    def seen(name, drop=(), **changes):
+        values = {key: value for key, value in tiny(name)[0].items() if key not in drop} | changes
+        return [layer.window for layer in ModelConfig.from_dict(values).architecture.layers]
+
+    slides = {"use_sliding_window": True}
+    assert set(seen("qwen3_moe", drop=["sliding_window"], **slides)) == {4096}
+    assert set(seen("qwen3_moe", sliding_window=None, **slides)) == {None}
+    assert seen("dots1", drop=["sliding_window", "layer_types"], max_window_layers=1)[:2] == [None, 4096]
+    assert set(seen("dots1", drop=["layer_types"], sliding_window=None, max_window_layers=0)) == {None}

@@ -153,3 +153,12 @@ def test_bad_arguments(model, arguments, options, message):
 def test_no_new_tokens(model):
     np.testing.assert_array_equal(generate(model, [[1, 2]], max_new_tokens=0), [[1, 2]])
     assert list(stream(model, [[1, 2]], max_new_tokens=0)) == []
+
+
+def test_numpy_integers_and_odd_pad_ids(model):
+    want = generate(model, [[1, 2, 3]], max_new_tokens=3, temperature=0.8, key=3)
+    got = generate(model, [[1, 2, 3]], max_new_tokens=np.int64(3), temperature=0.8, key=np.int64(3))
+    np.testing.assert_array_equal(got, want)
+    padded = Model(model.config, model.arrays(), {"pad_token_id": -1, "eos_token_id": int(want[0, 3])})
+    out = generate(padded, [[1, 2, 3]], max_new_tokens=3, temperature=0.8, key=3)
+    assert (out >= 0).all() and (out[0, 3:] == want[0, 3]).all()

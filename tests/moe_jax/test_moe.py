@@ -147,3 +147,25 @@ def test_bad_values(layer):
         layer(jnp.ones((3, 11)))
     with pytest.raises(ValueError, match="mask"):
         layer(jnp.ones((3, 12)), jnp.ones(4, bool))
+
+
+@pytest.mark.parametrize("shared", [0, 8])
+def test_narrow_tokens_are_promoted(shared):
+    layer = MoE(16, 32, num_experts=4, top_k=2, shared_hidden=shared, rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((3, 16), jnp.bfloat16))[0].dtype == jnp.float32
+    narrow = MoE(16, 32, num_experts=4, top_k=2, shared_hidden=shared, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert narrow(jnp.ones((3, 16), jnp.bfloat16))[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(score="tanh"), "score: 'tanh' is not one of softmax, sigmoid, sparsemixer"),
+        (dict(score="sparsemixer", top_k=3), "top_k: 3; sparsemixer chooses 2 experts"),
+        (dict(capacity_factor=1.0, scale_input=True), "capacity_factor: not supported with scale_input"),
+        (dict(implementation="cuda"), "'cuda' is no implementation"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoE(16, 32, num_experts=4, **{"top_k": 2, **options}, rngs=nnx.Rngs(0))

@@ -76,3 +76,38 @@ def test_implementations_by_name():
         moe_jax.load_pretrained(folder, implementation="cuda_magic")(ids)
     with pytest.raises(ValueError, match="unknown operations attention"):
         moe_jax.load_pretrained(folder, implementation={"attention": "xla"})
+
+
+def test_without_settings_no_generation_config_is_left(tmp_path):
+    """transformers would take an empty one for the model's own and never stop."""
+    model = Model.initialize(tiny_config())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    moe_jax.save_pretrained(model, tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()
+
+
+def test_saving_again_replaces_the_weights_and_nothing_else(tmp_path):
+    model = Model.initialize(tiny_config())
+    (tmp_path / "model-lora.safetensors").write_bytes(b"someone's own")
+    moe_jax.save_pretrained(model, tmp_path, max_shard_bytes=20_000)
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    moe_jax.save_pretrained(model, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "model.safetensors", "model-lora.safetensors"}
+    moe_jax.save_pretrained(model, tmp_path, max_shard_bytes=20_000)
+    assert not (tmp_path / "model.safetensors").exists()
+    np.testing.assert_array_equal(moe_jax.load_pretrained(tmp_path)([[1, 2]]), model([[1, 2]]))
+
+
+def test_a_tied_head_must_be_a_copy_of_the_embedding(tmp_path):
+    values = tiny_config().to_dict()
+    moe_jax.save_pretrained(Model.initialize(moe_jax.ModelConfig.from_dict(values), seed=1), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
+    with pytest.raises(OSError, match="lm_head.weight is not equal to model.embed_tokens.weight"):
+        moe_jax.load_pretrained(tmp_path)
+
+
+def test_an_unknown_implementation_is_refused_before_loading(tmp_path):
+    for given in ("cuda", {"routed_mlp": "cuda"}):
+        with pytest.raises(ValueError, match="'cuda' is no implementation of routed_mlp"):
+            Model.initialize(tiny_config(), implementation=given)

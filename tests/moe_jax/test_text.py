@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_jax import text
+from moe_jax import ModelConfig, text
 from moe_jax.generation import generate
 from moe_jax.model import Model, tiny_config
 
@@ -110,3 +110,18 @@ def test_bad_values(model):
         text.encode(Letters(), ["a", ""])
     with pytest.raises(ValueError, match="1 tokens"):
         text.score(model, [3])
+
+
+def test_one_stop_string_is_not_taken_letter_by_letter(model):
+    (whole,) = text.generate_text(model, Letters(), ["Hello"], max_new_tokens=10, eos_token_id=())
+    cut = whole[4:7]
+    (short,) = text.generate_text(model, Letters(), ["Hello"], max_new_tokens=10, eos_token_id=(), stop=cut)
+    assert short == whole[: whole.index(cut)]
+
+
+def test_the_configs_end_token_counts_beside_the_tokenizers(model):
+    (whole,) = text.generate_text(model, Letters(), ["Hello"], max_new_tokens=10, eos_token_id=())
+    end = Letters().encode(whole)[3]
+    config = ModelConfig.from_dict(model.config.to_dict() | {"eos_token_id": end})
+    (short,) = text.generate_text(Model(config, model.arrays()), Letters(), ["Hello"], max_new_tokens=10)
+    assert short == Letters().decode(Letters().encode(whole)[: Letters().encode(whole).index(end)])

@@ -45,3 +45,24 @@ def test_refusals():
 def test_dtype_is_kept():
     dense = Model.initialize(tiny_llama(), dtype=jnp.bfloat16)
     assert moe_jax.upcycle(dense).dtype == jnp.bfloat16
+
+
+def llama_with(**more):
+    return Model.initialize(ModelConfig.from_dict(tiny_llama().to_dict() | more), seed=2)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"partial_rotary_factor": 0.5},
+        {
+            "rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=["partial", "llama3"],
+)
+def test_rope_keys_beside_the_scaling_are_kept(more):
+    dense = llama_with(**more)
+    assert dense.architecture.block.attention != Model.initialize(tiny_llama()).architecture.block.attention
+    assert moe_jax.upcycle(dense).architecture.block.attention == dense.architecture.block.attention

@@ -63,8 +63,9 @@ def oracle_row(logits, forced, k, score="softmax", renormalize=True, bias=None, 
     best = 1 if score == "softmax" else 2
     strength = [sum(sorted(ranked[g * size : (g + 1) * size])[-best:]) for g in range(groups)]
     kept = first(strength, top_groups)
-    ids = first([r if e // size in kept else -np.inf for e, r in enumerate(ranked)], k)
-    ids = [f if f >= 0 else e for e, f in zip(ids, forced, strict=True)]
+    left = [r if e // size in kept and e not in forced else -np.inf for e, r in enumerate(ranked)]
+    free = iter(first(left, k))
+    ids = [f if f >= 0 else next(free) for f in forced]
     weights = scores[ids]
     return ids, weights / (weights.sum() if renormalize else 1) * scale
 
@@ -241,3 +242,11 @@ def test_refusals(monkeypatch, options, message):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations would refuse some first
     with pytest.raises(ValueError, match=message):
         route(**{"logits": np.zeros((2, 8), np.float32), "k": 2, **options})
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_free_slot_never_repeats_a_forced_expert(score):
+    logits = np.tile(np.arange(8, dtype=np.float32), (3, 1))
+    ids, weights, _ = route(logits, 3, score, forced=np.array([[7, -1, -1], [-1, 6, -1], [-1, -1, -1]], np.int32))
+    assert ids.tolist() == [[7, 6, 5], [7, 6, 5], [7, 6, 5]]
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
