@@ -15,7 +15,9 @@ from .source import Stored
 class GGUFCheckpoint:
     """What `Checkpoint` is to a folder: named tensors with shapes, read one by one, widened to float32.
 
-    Raises `OSError` for damaged files and `ValueError` for other architectures than `llama`.
+    `config` is Hugging Face's `LlamaConfig` as a dictionary. Raises `OSError` for damaged files; `ValueError` for other
+    architectures than `llama` (named), for mixtures of experts, split files and rope scaling other than linear, and
+    for missing, misshapen or left-over tensors. Source: convert_hf_to_gguf.py of llama.cpp.
     """
 
     def __init__(self, path: str | Path):
@@ -32,17 +34,6 @@ class GGUFCheckpoint:
 
     def close(self) -> None:
         """Nothing to close: the file is mapped, and unmapped with the last array."""
-
-
-def llama_checkpoint(gguf: GGUFFile) -> tuple[dict[str, Any], dict[str, Callable[[], np.ndarray]]]:
-    """Translates a GGUF of architecture `llama` into Hugging Face's `LlamaConfig` dictionary and tensor readers.
-
-    The second value maps each Hugging Face tensor name to a function that reads that tensor as float32 [out, in].
-    Raises ValueError for other architectures (named), for mixtures of experts, split files and rope scaling other
-    than linear, and for missing, misshapen or left-over tensors. Source: convert_hf_to_gguf.py of llama.cpp.
-    """
-    config, readers, _ = _translate(gguf)
-    return config, readers
 
 
 def _field(metadata: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoint.gguf import GGUFFile
-from moe_jax.checkpoint.gguf_llama import llama_checkpoint
+from moe_jax.checkpoint.gguf_llama import GGUFCheckpoint
 
 NUMBERS = {
     "F32": 0,
@@ -222,36 +222,37 @@ def llama(tmp_path, changes=(), shapes=SHAPES):
     for k, (name, shape) in enumerate(shapes.items()):
         values = np.arange(np.prod(shape), dtype=np.float32) + 1000 * k
         tensors.append((f"{name}.weight", 0, shape, values.tobytes()))
-    return opened(tmp_path, gguf_bytes(metadata, tensors))
+    return GGUFCheckpoint(opened(tmp_path, gguf_bytes(metadata, tensors)).path)
 
 
 def test_llama_config_and_names(tmp_path):
-    config, readers = llama_checkpoint(llama(tmp_path))
+    found = llama(tmp_path)
+    config = found.config
     assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
     assert (config["hidden_size"], config["intermediate_size"], config["vocab_size"]) == (HIDDEN, WIDE, VOCAB)
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (HEADS, KV, WIDTH)
     assert (config["rms_norm_eps"], config["rope_theta"], config["max_position_embeddings"]) == (1e-5, 500000.0, 64)
     assert config["tie_word_embeddings"] and config["eos_token_id"] == 2 and config["bos_token_id"] is None
-    assert len(readers) == len(SHAPES)
-    assert readers["model.layers.0.mlp.down_proj.weight"]().shape == (HIDDEN, WIDE)
+    assert len(found.tensors) == len(SHAPES)
+    assert found.read("model.layers.0.mlp.down_proj.weight").shape == (HIDDEN, WIDE)
 
 
 def test_rotary_rows_of_queries_and_keys_are_put_back(tmp_path):
-    _, readers = llama_checkpoint(llama(tmp_path))
+    found = llama(tmp_path)
     for name, heads, base in (("q", HEADS, 3000), ("k", KV, 4000)):
-        rows = (readers[f"model.layers.0.self_attn.{name}_proj.weight"]()[:, 0] - base) / HIDDEN
+        rows = (found.read(f"model.layers.0.self_attn.{name}_proj.weight")[:, 0] - base) / HIDDEN
         # llama.cpp's rows 0 1 2 3 4 5 of a head are Hugging Face's 0 3 1 4 2 5.
         expected = [head * WIDTH + row for head in range(heads) for row in (0, 2, 4, 1, 3, 5)]
         np.testing.assert_array_equal(rows, expected)
-    values = readers["model.layers.0.self_attn.v_proj.weight"]()[:, 0]
+    values = found.read("model.layers.0.self_attn.v_proj.weight")[:, 0]
     np.testing.assert_array_equal(values, 5000 + HIDDEN * np.arange(KV * WIDTH))
 
 
 def test_untied_head_and_linear_scaling(tmp_path):
     changes = {"llama.rope.scaling.type": (8, "linear"), "llama.rope.scaling.factor": (6, 4.0)}
-    config, readers = llama_checkpoint(llama(tmp_path, changes, SHAPES | {"output": (VOCAB, HIDDEN)}))
-    assert not config["tie_word_embeddings"] and readers["lm_head.weight"]().shape == (VOCAB, HIDDEN)
-    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    found = llama(tmp_path, changes, SHAPES | {"output": (VOCAB, HIDDEN)})
+    assert not found.config["tie_word_embeddings"] and found.read("lm_head.weight").shape == (VOCAB, HIDDEN)
+    assert found.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -274,4 +275,4 @@ def test_untied_head_and_linear_scaling(tmp_path):
 )
 def test_other_models_are_refused(tmp_path, changes, shapes, message):
     with pytest.raises(ValueError, match=message):
-        llama_checkpoint(llama(tmp_path, changes, shapes))
+        llama(tmp_path, changes, shapes)
