@@ -196,7 +196,8 @@ def test_hub_ids(monkeypatch, tmp_path):
 
     class Offline:
         @staticmethod
-        def snapshot_download(name, allow_patterns):
+        def snapshot_download(name, allow_patterns, ignore_patterns):
+            assert "*.safetensors" in allow_patterns and ignore_patterns == "*/*"  # no second copy in a folder
             raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", Offline)
