@@ -60,7 +60,7 @@ class Model(nnx.Module):
         self.config = config
         self.weights = nnx.data(jax.tree.map(nnx.Param, weights))
         self.generation = dict(generation or {})
-        self.implementation = _implementation(implementation)
+        self.implementation = named_implementation(implementation)
 
     @classmethod
     def initialize(cls, config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32, **options: Any) -> "Model":
@@ -113,7 +113,8 @@ def tiny_config() -> ModelConfig:
     return ModelConfig.from_dict({"model_type": "mixtral", "max_position_embeddings": 128} | values)
 
 
-def _implementation(given: str | Mapping[str, str] | None) -> str | None:
+def named_implementation(given: str | Mapping[str, str] | None) -> str | None:
+    """The expert MLP's implementation out of what the user gave; `ValueError` for one that there is not."""
     if isinstance(given, Mapping):
         unknown = sorted(set(given) - {"routed_mlp"})
         if unknown:

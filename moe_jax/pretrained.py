@@ -16,7 +16,7 @@ from .checkpoint.load import load_weights
 from .checkpoint.save import write_json, write_weights
 from .checkpoint.source import Checkpoint, TensorSource
 from .config import ModelConfig
-from .model import Model
+from .model import Model, named_implementation
 
 _log = logging.getLogger(__name__)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -45,7 +45,7 @@ def load_pretrained(
     """
     if mesh is not None:
         raise ValueError("mesh: sharded loading is not supported yet; load without a mesh")
-    dtype = _dtype(dtype)
+    dtype, implementation = _dtype(dtype), named_implementation(implementation)
     checkpoint: TensorSource
     if os.fspath(path_or_id).endswith(".gguf"):
         gguf = GGUFCheckpoint(Path(path_or_id))

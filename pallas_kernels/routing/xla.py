@@ -46,7 +46,7 @@ def _keep_best_groups(ranked, groups, top_groups, best):
 
 def _sparsemixer(logits, jitter, forced):
     """Two passes of: take the best, weigh it by a softmax over those not much worse; then take it out."""
-    ids, weights, left = [], [], logits
+    ids, weights, left, experts = [], [], logits, jnp.arange(logits.shape[1])
     if forced is not None:  # the better one is weighed first, in whatever order a record holds the two
         order = jnp.argsort(-jnp.take_along_axis(logits, jnp.maximum(forced, 0), axis=-1), axis=-1)
         both = (forced >= 0).all(-1, keepdims=True)
@@ -55,10 +55,12 @@ def _sparsemixer(logits, jitter, forced):
         best = left.max(-1, keepdims=True)
         chosen = left.argmax(-1)[:, None]
         if forced is not None:
+            free = jnp.where((forced[:, :, None] == experts).any(1), -jnp.inf, left)
+            chosen = free.argmax(-1)[:, None]
             chosen = jnp.where(forced[:, turn, None] >= 0, forced[:, turn, None], chosen)
         margin = (best - logits) / jnp.maximum(jnp.abs(logits), best)
         near = jnp.where(margin > 2 * jitter, -jnp.inf, left)
         ids.append(chosen)
         weights.append(jnp.take_along_axis(jax.nn.softmax(near, axis=-1), chosen, axis=-1))
-        left = jnp.where(jnp.arange(logits.shape[1]) == chosen, -jnp.inf, left)
+        left = jnp.where(experts == chosen, -jnp.inf, left)
     return jnp.concatenate(ids, -1).astype(jnp.int32), jnp.concatenate(weights, -1)

@@ -10,6 +10,7 @@ from conftest import GOLDEN
 
 import moe_jax
 from moe_jax import Model
+from moe_jax.checkpoint.safetensors import TensorFile
 
 
 def folder(case: str) -> Path:
@@ -33,3 +34,11 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a safetensors file."""
+    file = TensorFile(path)
+    found = {name: file.read(name) for name in file.entries}
+    file.close()
+    return found

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from core_models import tensors_of
 
 import moe_jax
 from moe_jax.checkpoint.hub import resolve
@@ -21,13 +22,6 @@ def copy(tmp_path):
         return shutil.copytree(GOLDEN / "hf" / case, tmp_path / case)
 
     return make
-
-
-def tensors_of(path):
-    file = TensorFile(path)
-    found = {name: file.read(name) for name in file.entries}
-    file.close()
-    return found
 
 
 def rewrite(path, tensors):

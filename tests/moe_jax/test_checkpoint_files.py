@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import golden_cases
-from core_models import folder, golden_model
+from core_models import folder, golden_model, tensors_of
 from test_config_values import CONFIGS, TINY
 
 import moe_jax
@@ -16,15 +16,8 @@ from moe_jax import ModelConfig
 from moe_jax.checkpoint import safetensors
 from moe_jax.checkpoint.layout import from_disk, pieces, to_disk
 from moe_jax.checkpoint.quantized import convert, widen_fp8
-from moe_jax.checkpoint.safetensors import TensorFile, write_file
+from moe_jax.checkpoint.safetensors import write_file
 from moe_jax.checkpoint.source import Checkpoint
-
-
-def tensors_of(path):
-    file = TensorFile(path)
-    found = {name: file.read(name) for name in file.entries}
-    file.close()
-    return found
 
 
 def write(path, tensors):

@@ -107,7 +107,9 @@ def test_a_tied_head_must_be_a_copy_of_the_embedding(tmp_path):
         moe_jax.load_pretrained(tmp_path)
 
 
-def test_an_unknown_implementation_is_refused_before_loading(tmp_path):
+def test_an_unknown_implementation_is_refused_before_anything_is_read(tmp_path):
     for given in ("cuda", {"routed_mlp": "cuda"}):
+        with pytest.raises(ValueError, match="'cuda' is no implementation of routed_mlp"):
+            moe_jax.load_pretrained(tmp_path / "nothing here", implementation=given)
         with pytest.raises(ValueError, match="'cuda' is no implementation of routed_mlp"):
             Model.initialize(tiny_config(), implementation=given)

@@ -79,7 +79,8 @@ def sparsemixer_row(logits, forced, jitter=0.01, **_):
         best = max(logits[e] for e in left)
         finite = [e for e in left if logits[e] > -np.inf]
         near = [e for e in finite if (best - logits[e]) / max(abs(logits[e]), best) <= 2 * jitter]
-        chosen = forced[turn] if forced[turn] >= 0 else min(e for e in left if logits[e] == best)
+        free = max((e for e in left if e not in forced), key=lambda e: (logits[e], -e))
+        chosen = forced[turn] if forced[turn] >= 0 else free
         total = sum(np.exp(logits[e] - best) for e in near)
         weights.append(np.exp(logits[chosen] - best) / total if chosen in near else 0.0)
         ids.append(chosen)
@@ -250,3 +251,10 @@ def test_a_free_slot_never_repeats_a_forced_expert(score):
     ids, weights, _ = route(logits, 3, score, forced=np.array([[7, -1, -1], [-1, 6, -1], [-1, -1, -1]], np.int32))
     assert ids.tolist() == [[7, 6, 5], [7, 6, 5], [7, 6, 5]]
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+def test_a_free_slot_of_sparsemixer_never_repeats_a_forced_expert():
+    logits = np.tile(np.arange(8, dtype=np.float32), (3, 1))
+    forced = np.array([[-1, 7], [7, -1], [-1, -1]], np.int32)
+    ids, _, _ = route(logits, 2, "sparsemixer", forced=forced)
+    assert ids.tolist() == [[6, 7], [7, 6], [7, 6]]
