@@ -1,11 +1,14 @@
 """Mixture-of-experts transformers in JAX."""
 
+from . import convert, router
 from ._version import __version__
 from .config import ModelConfig
+from .deepspeed import MoEInference, MoEInferenceConfig, MoEMLP, SelfAttention, TopKGate
 from .generation import Generated, generate, stream
 from .model import Model, Record
 from .moe import MoE
 from .pretrained import load_pretrained, save_pretrained
+from .quantize import quantize
 from .router import Routing
 from .text import generate_text, score, stream_text
 from .tokenizer import load_tokenizer
@@ -14,15 +17,23 @@ from .upcycle import upcycle
 __all__ = [
     "Generated",
     "MoE",
+    "MoEInference",
+    "MoEInferenceConfig",
+    "MoEMLP",
     "Model",
     "ModelConfig",
     "Record",
     "Routing",
+    "SelfAttention",
+    "TopKGate",
     "__version__",
+    "convert",
     "generate",
     "generate_text",
     "load_pretrained",
     "load_tokenizer",
+    "quantize",
+    "router",
     "save_pretrained",
     "score",
     "stream",

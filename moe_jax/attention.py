@@ -2,10 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.quantized import dense
 
 from .block_config import AttentionConfig
 from .linear import linear
@@ -17,7 +21,8 @@ MASKED = -1e30
 #: Scores of at most this many (query, key) pairs per head are held at once; longer prompts go in blocks of queries.
 _PAIRS = 1 << 20
 
-Weights = Mapping[str, jax.Array]
+#: Arrays, kernels among them perhaps in int8.
+Weights = Mapping[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +31,14 @@ class Span:
     """Which tokens a layer runs on and what they may see.
 
     `positions [B, T]` of the queries; `key_positions` and `key_valid [B, S]`; `turn`: rotary cosine and sine
-    `[B, T, half]` (None without rotary positions).
+    `[B, T, half]` (None without rotary positions). `bias`: added to the scores of all heads, or of each.
     """
 
     positions: Int[Array, "B T"]
     key_positions: Int[Array, "B S"]
     key_valid: Bool[Array, "B S"]
     turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None
+    bias: Float[Array, "B _ _ S"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +49,15 @@ class Varying:
     chunk: jax.Array | int | None = None
     rotary: jax.Array | bool = True
     temperature: tuple[jax.Array | float, jax.Array | float] | None = None
+    score_divisor: jax.Array | float = 1.0
 
 
-def visible(span: Span, varying: Varying) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: real ones at its own or earlier positions, inside its window and chunk."""
+def visible(span: Span, varying: Varying, causal: bool = True) -> Bool[Array, "B T S"]:
+    """Which keys each query sees: real ones, not later than itself if `causal`, inside its window and chunk."""
     query, key = span.positions[:, :, None], span.key_positions[:, None, :]
-    mask = span.key_valid[:, None, :] & (key <= query)
+    mask = jnp.broadcast_to(span.key_valid[:, None, :], (*span.positions.shape, key.shape[-1]))
+    if causal:
+        mask &= key <= query
     if varying.window is not None:
         mask &= query - key < varying.window
     if varying.chunk is not None:
@@ -119,60 +128,99 @@ def attend(
     weights: Weights,
     q: Float[Array, "B T N H"],
     entries: Mapping[str, Array],
-    mask: Bool[Array, "B T S"],
+    span: Span,
+    varying: Varying,
 ) -> Float[Array, "B T D"]:
-    """Attention of `q` over cache `entries` where `mask` allows, and the output projection."""
+    """Attention of `q` over cache `entries`, and the output projection."""
     run = _latent_mix if config.latent is not None else _mix
-    mixed = _in_blocks(lambda q, mask: run(config, weights, q, entries, mask), q, mask)
-    kernel = weights["o"].reshape(weights["o"].shape[0], -1)
+    mixed = _in_blocks(lambda q, span: run(config, weights, q, entries, span, varying), q, span)
+    kernel = dense(weights["o"], q.dtype)
+    kernel = kernel.reshape(kernel.shape[0], -1)
     return linear(mixed.reshape(*mixed.shape[:2], -1), kernel, weights.get("o_bias"))
 
 
-def _in_blocks(run, q, mask):
+def _in_blocks(run, q, span):
     """`run` on all queries at once, or block by block where their scores would not fit."""
     batch, total = q.shape[:2]
-    size = max(1, _PAIRS // mask.shape[-1])
+    size = max(1, _PAIRS // span.key_positions.shape[1])
     if total <= size:
-        return run(q, mask)
+        return run(q, span)
     blocks = -(-total // size)
 
-    def cut(t):
+    def cut(t):  # blocks in front, of what has queries along axis 1
         t = jnp.pad(t, [(0, 0), (0, blocks * size - total)] + [(0, 0)] * (t.ndim - 2))
         return jnp.moveaxis(t.reshape(batch, blocks, size, *t.shape[2:]), 1, 0)
 
-    mixed = jnp.moveaxis(jax.lax.map(lambda pair: run(*pair), (cut(q), cut(mask))), 0, 1)
+    def part(operands):
+        q, positions, bias = operands
+        bias = span.bias if bias is None else jnp.swapaxes(bias, 1, 2)
+        return run(q, dataclasses.replace(span, positions=positions, bias=bias))
+
+    each = span.bias is not None and span.bias.shape[2] > 1
+    bias = cut(jnp.swapaxes(span.bias, 1, 2)) if each else None
+    mixed = jnp.moveaxis(jax.lax.map(part, (cut(q), cut(span.positions), bias)), 0, 1)
     return mixed.reshape(batch, blocks * size, *mixed.shape[3:])[:, :total]
 
 
-def _probabilities(config, scores, mask, sinks):
-    """Softmax over the last axis of `scores [B, K, group, T, S]` in float32, with the sinks' share left out."""
-    scores = jnp.where(mask[:, None, None], scores * config.scale, MASKED)
-    if sinks is None:
+def slopes(num_heads: int) -> np.ndarray:
+    """ALiBi's slope of each head (arXiv:2108.12409): powers of `2^(-8/n)`; between them, those of twice as many heads.
+
+    >>> slopes(4).tolist(), slopes(3).tolist()
+    ([0.25, 0.0625, 0.015625, 0.00390625], [0.0625, 0.00390625, 0.25])
+    """
+    whole = 1 << (num_heads.bit_length() - 1)
+    steps = [(i + 1) / whole for i in range(whole)] + [(i + 0.5) / whole for i in range(num_heads - whole)]
+    return np.asarray([2.0 ** (-8 * step) for step in steps], np.float32)
+
+
+def probabilities(
+    config: AttentionConfig,
+    weights: Weights,
+    scores: Float[Array, "B N T S"],
+    span: Span,
+    varying: Varying,
+) -> Float[Array, "B N T S"]:
+    """Softmax of raw float32 `scores`: scaled, with biases, over what each query sees, less the sinks' share."""
+    scores = scores * (config.scale / varying.score_divisor)
+    if config.alibi:
+        distance = (span.key_positions[:, None, :] - span.positions[:, :, None]).astype(jnp.float32)
+        scores = scores + slopes(config.num_heads)[:, None, None] * distance[:, None]
+    if span.bias is not None:
+        scores = scores + span.bias
+    scores = jnp.where(visible(span, varying, config.causal)[:, None], scores, MASKED)
+    if not config.sinks:
         return jax.nn.softmax(scores, axis=-1)
-    sinks = sinks.astype(jnp.float32).reshape(config.num_kv_heads, -1)[None, :, :, None, None]
+    sinks = weights["sinks"].astype(jnp.float32)[:, None, None]
     top = jnp.maximum(scores.max(-1, keepdims=True), sinks)
     powers = jnp.exp(scores - top)
     return powers / (powers.sum(-1, keepdims=True) + jnp.exp(sinks - top))
 
 
-def _mix(config, weights, q, entries, mask):
-    k, v = entries["k"], entries["v"]
+def raw_scores(config: AttentionConfig, q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Array:
+    """Products of queries and the keys of their group, `[B, N, T, S]` in float32."""
     batch, count, _, head = q.shape
     q = q.reshape(batch, count, config.num_kv_heads, -1, head)
     scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-    chances = _probabilities(config, scores, mask, weights.get("sinks"))
+    return scores.reshape(batch, config.num_heads, count, -1)
+
+
+def _mix(config, weights, q, entries, span, varying):
+    v = entries["v"]
+    chances = probabilities(config, weights, raw_scores(config, q, entries["k"]), span, varying)
+    chances = chances.reshape(v.shape[0], config.num_kv_heads, -1, *chances.shape[2:])
     mixed = jnp.einsum("bkgts,bksv->btkgv", chances.astype(v.dtype), v)
-    return mixed.reshape(batch, count, config.num_heads, -1)
+    return mixed.reshape(*q.shape[:3], -1)
 
 
-def _latent_mix(config, weights, q, entries, mask):
+def _latent_mix(config, weights, q, entries, span, varying):
     """Latent attention in its absorbed form: queries meet the latents, the value projection comes last."""
     plain = config.latent.plain_dim
     latent, k_rotary = entries["latent"], entries["k_rotary"]
-    k_up, v_up = weights["kv_up"][:, :plain], weights["kv_up"][:, plain:]
+    kv_up = dense(weights["kv_up"], q.dtype)
+    k_up, v_up = kv_up[:, :plain], kv_up[:, plain:]
     absorbed = jnp.einsum("btnh,nhz->btnz", q[..., :plain], k_up)
     scores = jnp.einsum("btnz,bsz->bnts", absorbed, latent, preferred_element_type=jnp.float32)
     scores += jnp.einsum("btnr,bsr->bnts", q[..., plain:], k_rotary, preferred_element_type=jnp.float32)
-    chances = _probabilities(config, scores[:, :, None], mask, None)[:, :, 0]
+    chances = probabilities(config, weights, scores, span, varying)
     mixed = jnp.einsum("bnts,bsz->btnz", chances.astype(latent.dtype), latent)
     return jnp.einsum("btnz,nvz->btnv", mixed, v_up)

@@ -11,7 +11,7 @@ import pallas_kernels
 from pallas_kernels import Activation, Experts
 from pallas_kernels.dims import Array as AnyArray
 
-from .attention import Span, Varying, attend, project, visible
+from .attention import Span, Varying, attend, project
 from .block_config import BlockConfig
 from .cache import read_entries, write_entries
 from .linear import linear
@@ -35,17 +35,22 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which layer runs: its index among all layers, and among those with the same kind of MLP; both may be traced."""
+    """Which layer runs: its index among all layers, and among those with the same kind of MLP; both may be traced.
+
+    `first`: in a pyramid, where the layer's `num_experts` experts begin in the flat stack, which may be traced.
+    """
 
     layer: Any
     of_kind: Any
     moe: bool
     varying: Varying
+    first: Any = None
+    num_experts: int | None = None
 
 
-def take(group: dict[str, Array], index: Any) -> dict[str, Array]:
+def take(group: Weights, index: Any) -> Weights:
     """One layer's weights out of a group's stacks. Never for experts: their stack is addressed, not sliced."""
-    return {name: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for name, stack in group.items()}
+    return jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), group)
 
 
 def block(
@@ -62,31 +67,41 @@ def block(
 
     `entries`: the cache's stacks, written at `column` and read back; None attends to the new tokens alone.
     """
-    pre = config.norm.place == "pre"
-    attention_norm, mlp_norm = (take(weights[name], place.layer) for name in ("attention_norm", "mlp_norm"))
     with jax.named_scope("attention"):
-        h = norm(config.norm, x, attention_norm) if pre else x
-        h, entries = _attention(config, weights, h, place, span, entries, column)
-        x = _add(config, x, h, attention_norm)
+        h = sublayer_input(config, weights, x, place, "attention")
+        h, entries = self_attention(config, weights, h, place, span, entries, column)
+        x = add(config, weights, x, h, place, "attention")
     with jax.named_scope("moe" if place.moe else "mlp"):
-        h = norm(config.norm, x, mlp_norm) if pre else x
+        h = sublayer_input(config, weights, x, place, "mlp")
         choice = None
         if place.moe:
-            h, choice = moe(config, weights, h, place.of_kind, routing)
+            h, choice = moe(config, weights, h, place, routing)
         else:
             h = mlp(config.dense.activation, take(weights["dense"], place.of_kind), h)
-        x = _add(config, x, h, mlp_norm)
+        x = add(config, weights, x, h, place, "mlp")
     return x, entries, choice
 
 
-def _add(config, x, h, norm_weights):
-    """The residual sum; post-norm blocks norm what is added."""
+def sublayer_input(config: BlockConfig, weights: Weights, x: Array, place: Place, name: str) -> Array:
+    """What the sublayer `name` ("attention" or "mlp") reads of the stream `x [B, T, D]`."""
+    normed = config.norm.place == "pre" or (config.norm.place, name) == ("last", "mlp")
+    return norm(config.norm, x, take(weights[f"{name}_norm"], place.layer)) if normed else x
+
+
+def add(config: BlockConfig, weights: Weights, x: Array, h: Array, place: Place, name: str) -> Array:
+    """The stream after the sublayer `name` gave `h`: their sum, with the norms that follow a sublayer."""
     if config.norm.place == "post":
-        h = norm(config.norm, h, norm_weights)
-    return x + (h if config.residual_scale == 1.0 else h * config.residual_scale)
+        h = norm(config.norm, h, take(weights[f"{name}_norm"], place.layer))
+    if name == "attention" and not config.skip_attention:
+        return h
+    x = x + (h if config.residual_scale == 1.0 else h * config.residual_scale)
+    if (config.norm.place, name) == ("last", "mlp"):
+        x = norm(config.norm, x, take(weights["attention_norm"], place.layer))
+    return x
 
 
-def _attention(config, weights, h, place, span, entries, column):
+def self_attention(config, weights, h, place, span, entries, column):
+    """Attention of a layer on its normed input, see `block`; the output and the cache's stacks."""
     own = take(weights["attention"], place.layer)
     q, new = project(config.attention, own, h, span, place.varying)
     if entries is not None:
@@ -94,10 +109,10 @@ def _attention(config, weights, h, place, span, entries, column):
     # The first tokens of an empty cache are all there is to see: no need to read them back.
     fresh = span.key_valid.shape[1] == h.shape[1]
     seen = new if entries is None or fresh else read_entries(entries, place.layer)
-    return attend(config.attention, own, q, seen, visible(span, place.varying)), entries
+    return attend(config.attention, own, q, seen, span, place.varying), entries
 
 
-def mlp(activation: Activation, weights: dict[str, Array], x: Float[Array, "*G D"]) -> Float[Array, "*G D"]:
+def mlp(activation: Activation, weights: Weights, x: Float[Array, "*G D"]) -> Float[Array, "*G D"]:
     """A dense MLP with the expert's formula."""
 
     def product(x, name):
@@ -122,29 +137,50 @@ class RoutingRequest:
 
 
 def moe(
-    config: BlockConfig, weights: Weights, x: Float[Array, "B T D"], index: Any, request: RoutingRequest
+    config: BlockConfig, weights: Weights, x: Float[Array, "B T D"], place: Place, request: RoutingRequest
 ) -> tuple[Float[Array, "B T D"], Choice]:
-    """Router, experts and shared experts of the MoE layer with `index` among the MoE layers."""
-    group = weights["moe"]
+    """Router, experts and shared experts of an MoE layer."""
+    group, index = weights["moe"], place.of_kind
     rows = x.reshape(-1, x.shape[-1])
     forced = None
     if request.forced is not None:
         forced = jax.lax.dynamic_index_in_dim(request.forced, index, keepdims=False).astype(jnp.int32)
         forced = forced.reshape(rows.shape[0], -1)
     with jax.named_scope("router"):
-        own = take({name: group[name] for name in _ROUTER if name in group}, index)
-        logits, ids, gates = choose(config.router, own, rows, forced)
-        ids = jnp.where(request.real.reshape(-1, 1), ids, -1)
+        if place.first is None:
+            own = take({name: group[name] for name in _ROUTER if name in group}, index)
+        else:
+            own = {"router": jax.lax.dynamic_slice_in_dim(group["router"], place.first, place.num_experts)}
+        choice = Choice(*choose(config.router, own, rows, forced, jnp.ravel(request.real)))
     stacks = {name: group[name] for name in group if name not in _ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
-    y = run_experts(config.router.scale_input, rows, ids, gates, experts, index, request.implementation)
+    ids = choice.ids
+    if place.first is not None:  # the flat stack holds other layers' experts before and behind these
+        ids, index = jnp.where(ids >= 0, ids + place.first, -1), None
+    y = run_experts(config.router.scale_input, rows, ids, choice.weights, experts, index, request.implementation)
     if config.shared is not None:
-        own = take(weights["shared"], index)
-        beside = mlp(config.shared.activation, own, rows)
-        if config.shared_gate:
-            beside = beside * jax.nn.sigmoid(rows @ own["scale"])[:, None]
-        y = y + beside
-    return y.reshape(x.shape), Choice(logits, ids, gates)
+        own = take(weights["shared"], place.of_kind)
+        y = combine(config, own, rows, y, mlp(config.shared.activation, own, rows))
+    return y.reshape(x.shape), choice
+
+
+def combine(config: BlockConfig, weights: Weights, rows: Array, routed: Array, shared: Array) -> Array:
+    """Outputs of the experts and of the shared MLP, `[G, D]` each, put together; `weights`: the `shared` group's."""
+    if config.shared_gate:
+        shared = shared * jax.nn.sigmoid(rows @ weights["scale"])[:, None]
+    if config.mix is None:
+        return routed + shared
+    first, second = (routed, shared) if config.mix == "experts_first" else (shared, routed)
+    return mix(weights, rows, first, second)
+
+
+def mix(weights: Weights, rows: Array, first: Array, second: Array) -> Array:
+    """Two MLPs' outputs `[G, D]` weighed by a softmax over the coefficients `mix [2, D]` and `mix_bias` of `rows`."""
+    logits = jnp.matmul(rows, weights["mix"].T, preferred_element_type=jnp.float32)
+    if "mix_bias" in weights:
+        logits = logits + weights["mix_bias"].astype(jnp.float32)
+    shares = jax.nn.softmax(logits, axis=-1).astype(rows.dtype)
+    return shares[:, :1] * first + shares[:, 1:] * second
 
 
 _ROUTER = ("router", "router_bias", "selection_bias")

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 from pallas_kernels import Activation
 
+from .routing import GateRule
+
 
 def _positive(owner: object, *names: str) -> None:
     for name in names:
@@ -15,14 +17,19 @@ def _positive(owner: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """A normalisation: RMSNorm (arXiv:1910.07467) or LayerNorm with bias; before or after each sublayer."""
+    """A normalisation: RMSNorm (arXiv:1910.07467) or LayerNorm with bias, and its place.
+
+    `pre`: each sublayer's input is normed. `post`: each sublayer's output is, before it is added. `last` (DeepSpeed
+    with `pre_layer_norm` false): attention reads the plain stream, the MLP a normed one, and the second sum is normed
+    with the weights of the attention's norm.
+    """
 
     kind: Literal["rms", "layer"] = "rms"
     epsilon: float = 1e-6
-    place: Literal["pre", "post"] = "pre"
+    place: Literal["pre", "post", "last"] = "pre"
 
     def __post_init__(self):
-        if self.kind not in ("rms", "layer") or self.place not in ("pre", "post"):
+        if self.kind not in ("rms", "layer") or self.place not in ("pre", "post", "last"):
             raise ValueError(f"norm: no kind {self.kind!r} at place {self.place!r}")
         if not self.epsilon >= 0:
             raise ValueError(f"epsilon: {self.epsilon!r} is negative")
@@ -68,9 +75,10 @@ class LatentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Causal self attention with grouped key/value heads.
+    """Self attention with grouped key/value heads.
 
-    `scale` multiplies the scores. `qk_norm`: RMSNorm of queries and keys per head (`head`), over all heads together
+    `scale` multiplies the scores. `causal`: queries see no later position. `alibi`: scores fall with distance, at a
+    slope per head (arXiv:2108.12409). `qk_norm`: RMSNorm of queries and keys per head (`head`), over all heads together
     (`full`), or per head without weight on the layers with rotary positions (`l2`). `clip` bounds q, k and v.
     `sinks`: one learned logit per head that takes part in the softmax and is then left out (gpt-oss).
     """
@@ -89,6 +97,8 @@ class AttentionConfig:
     clip: float | None = None
     sinks: bool = False
     latent: LatentConfig | None = None
+    causal: bool = True
+    alibi: bool = False
 
     def __post_init__(self):
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "value_dim")
@@ -96,6 +106,8 @@ class AttentionConfig:
             raise ValueError(f"num_heads: {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.rope is not None and self.rope.dim > self.head_dim:
             raise ValueError(f"rope: rotates {self.rope.dim} components of a head of {self.head_dim}")
+        if self.alibi and self.latent is not None:
+            raise ValueError("alibi: not supported with latent attention")
 
 
 Score = Literal["softmax", "sigmoid", "sparsemixer"]
@@ -106,7 +118,8 @@ class RouterConfig:
     """The gate rule: how logits become chosen experts and weights (see `pallas_kernels.route`).
 
     `logit_bias`: a learned bias on the logits; `selection_bias`: one that only steers the choice. `scale_input`:
-    the weight multiplies the expert's input, not its output (Llama 4).
+    the weight multiplies the expert's input, not its output (Llama 4). `rule`: DeepSpeed's gate in place of all
+    other rules (`moe_jax.gating`); it may drop choices.
     """
 
     num_experts: int
@@ -120,6 +133,7 @@ class RouterConfig:
     logit_bias: bool = False
     selection_bias: bool = False
     scale_input: bool = False
+    rule: GateRule | None = None
 
     def __post_init__(self):
         _positive(self, "num_experts", "top_k", "groups", "top_groups")
@@ -135,6 +149,12 @@ class RouterConfig:
             raise ValueError(f"top_k: {self.top_k} experts do not fit in {self.top_groups} groups")
         if self.score == "sparsemixer" and (self.top_k != 2 or self.groups != 1 or self.selection_bias):
             raise ValueError(f"top_k: {self.top_k}; sparsemixer chooses 2 experts, without bias or groups")
+        others = self.score, self.groups, self.scale, self.selection_bias, self.scale_input
+        if self.rule is not None and (self.rule.k, *others) != (self.top_k, "softmax", 1, 1.0, False, False):
+            raise ValueError(
+                f"rule: chooses {self.rule.k} experts of top_k {self.top_k}; takes no score, groups, scale, "
+                f"selection_bias or scale_input, got {others}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,8 +173,10 @@ class MLPConfig:
 class BlockConfig:
     """One transformer block. `experts` with `router` make an MoE layer, `dense` a dense one; a model may have both.
 
-    `shared`: an MLP beside the experts that every token takes; `shared_gate`: its output times a learned sigmoid.
-    `residual_scale` multiplies each sublayer's output before it is added.
+    `shared`: an MLP beside the experts that every token takes; `shared_gate`: its output times a learned sigmoid;
+    `mix`: experts and `shared` are weighed by a softmax over two learned coefficients (PR-MoE, arXiv:2201.05596), in
+    this order of the two, with a bias if `mix_bias`. `residual_scale` multiplies each sublayer's output before it is
+    added. `skip_attention` false: attention's output replaces the stream (DeepSpeed's literal data flow).
     """
 
     width: int
@@ -166,9 +188,16 @@ class BlockConfig:
     shared_gate: bool = False
     dense: MLPConfig | None = None
     residual_scale: float = 1.0
+    mix: Literal["experts_first", "shared_first"] | None = None
+    mix_bias: bool = False
+    skip_attention: bool = True
 
     def __post_init__(self):
         _positive(self, "width")
+        if self.mix not in (None, "experts_first", "shared_first"):
+            raise ValueError(f"mix: {self.mix!r} is neither experts_first nor shared_first")
+        if self.mix is not None and (self.shared is None or self.shared_gate):
+            raise ValueError("mix: needs a shared MLP without a gate of its own")
         if (self.router is None) != (self.experts is None):
             raise ValueError("router and experts: one is given without the other")
 
@@ -179,7 +208,8 @@ class LayerConfig:
 
     `window`: a query sees its own and the `window - 1` positions before it. `chunk`: it sees only positions of its
     own chunk. `rotary`: positions are rotated in. `temperature = (scale, floor)`: queries are multiplied by
-    `1 + scale * log(1 + floor((position + 1) / floor))` (arXiv:2501.19399).
+    `1 + scale * log(1 + floor((position + 1) / floor))` (arXiv:2501.19399). `score_divisor` divides attention's
+    scores. `num_experts`: where it is not the router's (pyramids, arXiv:2201.05596).
     """
 
     moe: bool
@@ -187,9 +217,11 @@ class LayerConfig:
     chunk: int | None = None
     rotary: bool = True
     temperature: tuple[float, float] | None = None
+    score_divisor: float = 1.0
+    num_experts: int | None = None
 
     def __post_init__(self):
-        for name in ("window", "chunk"):
+        for name in ("window", "chunk", "num_experts"):
             if getattr(self, name) is not None:
                 _positive(self, name)
 
@@ -206,6 +238,7 @@ class Architecture:
     head_bias: bool = False
     embedding_scale: float = 1.0
     logit_divisor: float = 1.0
+    learned_positions: bool = False
 
     def __post_init__(self):
         _positive(self, "vocab_size", "context")
@@ -217,11 +250,32 @@ class Architecture:
             raise ValueError("layers: there are dense layers but no dense MLP")
         if self.logit_divisor == 0:
             raise ValueError("logit_divisor: 0")
+        for i, layer in enumerate(self.layers):
+            if layer.num_experts is not None and not self._fits(layer):
+                raise ValueError(f"layers: layer {i} with {layer.num_experts} experts does not fit the router")
+        if self.moe_layers and max(self.expert_counts) != self.block.router.num_experts:
+            raise ValueError(f"layers: {max(self.expert_counts)} experts at most, {self.block.router.num_experts} said")
+
+    def _fits(self, layer: LayerConfig) -> bool:
+        router = self.block.router
+        plain = router is not None and router.groups == 1 and not router.logit_bias and not router.selection_bias
+        return layer.moe and plain and router.top_k <= layer.num_experts <= router.num_experts
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the MoE layers, in order."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.moe)
+
+    @property
+    def expert_counts(self) -> tuple[int, ...]:
+        """Experts of each MoE layer, in order."""
+        layers = (self.layers[i] for i in self.moe_layers)
+        return tuple(layer.num_experts or self.block.router.num_experts for layer in layers)
+
+    @property
+    def pyramid(self) -> bool:
+        """Whether MoE layers differ in their number of experts, whose weights then lie in one flat stack."""
+        return len(set(self.expert_counts)) > 1
 
     @property
     def dense_layers(self) -> tuple[int, ...]:

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantized import dense
+
 from .attention import Span, Varying
 from .block import Choice, Place, RoutingRequest, block
-from .block_config import Architecture, LayerConfig
+from .block_config import Architecture, AttentionConfig, LayerConfig
 from .cache import KVCache
 from .norm import norm
 from .rope import rotation
@@ -18,20 +20,20 @@ from .weights import Weights
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """`repeats` times the same sequence of layer kinds (`moe` or not), starting at layer `start`."""
+    """`repeats` times the same sequence of layer kinds (experts of each layer, 0: dense), starting at layer `start`."""
 
     start: int
-    moe: tuple[bool, ...]
+    experts: tuple[int, ...]
     repeats: int
 
 
-def segments(kinds: tuple[bool, ...]) -> tuple[Segment, ...]:
+def segments(kinds: tuple[int, ...]) -> tuple[Segment, ...]:
     """Cut the layers into repeating periods, each to be compiled once: from each layer on, what repeats longest.
 
-    >>> [(s.start, s.moe, s.repeats) for s in segments((False, True, True, True))]
-    [(0, (False,), 1), (1, (True,), 3)]
-    >>> [(s.moe, s.repeats) for s in segments((False, True) * 3)]
-    [((False, True), 3)]
+    >>> [(s.start, s.experts, s.repeats) for s in segments((0, 8, 8, 8))]
+    [(0, (0,), 1), (1, (8,), 3)]
+    >>> [(s.experts, s.repeats) for s in segments((0, 8, 0, 8, 0, 16))]
+    [((0, 8), 2), ((0,), 1), ((16,), 1)]
     """
     found, start = [], 0
     while start < len(kinds):
@@ -41,10 +43,10 @@ def segments(kinds: tuple[bool, ...]) -> tuple[Segment, ...]:
             repeats = 1
             while kinds[start + repeats * period :][:period] == pattern:
                 repeats += 1
-            if repeats > 1 and repeats * period > best.repeats * len(best.moe):
+            if repeats > 1 and repeats * period > best.repeats * len(best.experts):
                 best = Segment(start, pattern, repeats)
         found.append(best)
-        start += best.repeats * len(best.moe)
+        start += best.repeats * len(best.experts)
     return tuple(found)
 
 
@@ -59,6 +61,7 @@ def varying(layers: tuple[LayerConfig, ...], index: Any) -> Varying:
             values = [unlimited if v is None else v for v in values]
         return jnp.asarray(values)[index]
 
+    divisors = [layer.score_divisor for layer in layers]
     heat = [layer.temperature for layer in layers]
     temperature = None
     if any(h is not None for h in heat):
@@ -70,6 +73,7 @@ def varying(layers: tuple[LayerConfig, ...], index: Any) -> Varying:
         chunk=pick([layer.chunk for layer in layers]),
         rotary=pick([layer.rotary for layer in layers]),
         temperature=temperature,
+        score_divisor=pick(divisors),
     )
 
 
@@ -95,21 +99,21 @@ def decode(
 
     With a cache (already `admit`ted), entries go to its last `T` columns. `trace` also returns what each layer did.
     """
-    x = weights["embedding"][ids]
+    x = dense(weights["embedding"][ids])
+    if architecture.learned_positions:
+        x = x + weights["positions"][span.positions]
     if architecture.embedding_scale != 1.0:
         x = x * architecture.embedding_scale
     entries = None if cache is None else cache.entries
     column = 0 if cache is None else cache.used - ids.shape[1]
     notes = _empty_trace(architecture, x) if trace else None
-    kinds = tuple(layer.moe for layer in architecture.layers)
+    counts = iter(architecture.expert_counts)
+    kinds = tuple(next(counts) if layer.moe else 0 for layer in architecture.layers)
 
     def run(carry, segment, turn):
         x, entries, notes = carry
-        for offset, moe in enumerate(segment.moe):
-            layer = segment.start + turn * len(segment.moe) + offset
-            before = sum(k == moe for k in kinds[: segment.start]) + sum(k == moe for k in segment.moe[:offset])
-            of_kind = before + turn * sum(k == moe for k in segment.moe)
-            place = Place(layer, of_kind, moe, varying(architecture.layers, layer))
+        for offset in range(len(segment.experts)):
+            place = _place(architecture, kinds, segment, turn, offset)
             stream = x
             x, entries, choice = block(architecture.block, weights, x, place, span, entries, column, request)
             if notes is not None:
@@ -126,6 +130,17 @@ def decode(
     if cache is not None:
         cache = dataclasses.replace(cache, entries=entries)
     return x, cache, notes
+
+
+def _place(architecture: Architecture, kinds: tuple[int, ...], segment: Segment, turn: Any, offset: int) -> Place:
+    """Where the layer at `offset` of a segment's `turn`-th period stands; `turn` may be traced."""
+    period, count = segment.experts, segment.experts[offset]
+    earlier = kinds[: segment.start] + period[:offset]
+    layer = segment.start + turn * len(period) + offset
+    alike = lambda layers: sum((k > 0) == (count > 0) for k in layers)
+    of_kind = alike(earlier) + turn * alike(period)
+    first = sum(earlier) + turn * sum(period) if architecture.pyramid and count else None
+    return Place(layer, of_kind, count > 0, varying(architecture.layers, layer), first, count)
 
 
 def _empty_trace(architecture: Architecture, x: Array) -> Trace:
@@ -145,14 +160,21 @@ def _note(trace: Trace, place: Place, stream: Array, choice: Choice | None) -> T
     hidden = trace.hidden.at[place.layer].set(stream)
     if choice is None:
         return Trace(hidden, trace.choices)
+    missing = trace.choices.logits.shape[-1] - choice.logits.shape[-1]  # a pyramid's smaller layers
+    logits = jnp.pad(choice.logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    choice = dataclasses.replace(choice, logits=logits)
     return Trace(hidden, jax.tree.map(lambda all, one: all.at[place.of_kind].set(one), trace.choices, choice))
 
 
 def make_span(architecture: Architecture, positions, key_positions, key_valid, length) -> Span:
     """The span of new tokens at `positions`; `length`: tokens of the longest row (LongRoPE's switch)."""
-    rope = architecture.block.attention.rope
-    turn = None if rope is None else rotation(rope, positions, length)
+    turn = make_turn(architecture.block.attention, positions, length)
     return Span(positions, key_positions, key_valid, turn)
+
+
+def make_turn(attention: AttentionConfig, positions, length):
+    """Rotary cosine and sine of `positions`, None without rotary positions."""
+    return None if attention.rope is None else rotation(attention.rope, positions, length)
 
 
 def final(architecture: Architecture, weights: Weights, x: Float[Array, "*G D"]) -> Float[Array, "*G D"]:
@@ -163,6 +185,7 @@ def final(architecture: Architecture, weights: Weights, x: Float[Array, "*G D"])
 def logits(architecture: Architecture, weights: Weights, normed: Float[Array, "*G D"]) -> Float[Array, "*G V"]:
     """Float32 logits of normed hidden states."""
     kernel = weights["embedding"] if architecture.tied else weights["head"]["kernel"]
+    kernel = dense(kernel, normed.dtype)
     y = jnp.einsum("...d,vd->...v", normed, kernel, preferred_element_type=jnp.float32)
     if architecture.head_bias:
         y = y + weights["head"]["bias"].astype(jnp.float32)

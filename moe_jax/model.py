@@ -19,7 +19,7 @@ from . import decoder
 from .block import RoutingRequest
 from .block_config import Architecture
 from .config import ModelConfig
-from .weights import Weights, nested, parameters
+from .weights import Parameter, Weights, nested, parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +27,15 @@ class Record:
     """What a forward pass did.
 
     `logits [B, T, V]` float32; `hidden_states [L+1, B, T, D]`, the embedding first, each layer's output, the last one
-    after the final norm. One entry per MoE layer, in order: `router_logits [B, T, E]` float32, `expert_ids
+    after the final norm. One entry per MoE layer, in order: `router_logits [B, T, E]` float32 (E may differ between
+    layers), `expert_ids
     [B, T, A]` in the smallest signed integer type that holds them, ascending (-1: padding, no expert ran),
     `expert_weights [B, T, A]` float32 in the same order.
     """
 
     logits: Float[Array, "B T V"]
     hidden_states: Float[Array, "L B T D"]
-    router_logits: tuple[Float[Array, "B T E"], ...]
+    router_logits: tuple[Float[Array, "B T _"], ...]
     expert_ids: tuple[Int[Array, "B T A"], ...]
     expert_weights: tuple[Float[Array, "B T A"], ...]
 
@@ -67,7 +68,7 @@ class Model(nnx.Module):
         """A model with random weights: normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases 0."""
         table = parameters(config.architecture)
         keys = jax.random.split(jax.random.key(seed), len(table))
-        made = {name: _draw(key, name, p, dtype) for key, (name, p) in zip(keys, table.items(), strict=True)}
+        made = {name: draw(key, name, p, dtype) for key, (name, p) in zip(keys, table.items(), strict=True)}
         return cls(config, nested(made), **options)
 
     @property
@@ -77,8 +78,8 @@ class Model(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of weights and hidden states."""
-        return self.weights["embedding"][...].dtype
+        """The dtype of weights and hidden states; of quantised weights, the one that they stand for."""
+        return self.weights["embedding"].dtype
 
     def arrays(self) -> Weights:
         """The weights as plain arrays, the form that the pure functions take."""
@@ -124,7 +125,8 @@ def named_implementation(given: str | Mapping[str, str] | None) -> str | None:
     return given
 
 
-def _draw(key, name, parameter, dtype):
+def draw(key: Array, name: str, parameter: Parameter, dtype: Any) -> Array:
+    """Random weights: kernels normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases and sinks 0."""
     shape = parameter.shape
     leaf = name.rsplit(".", 1)[-1]
     if "bias" in leaf or leaf == "sinks":
@@ -169,6 +171,8 @@ def forced_ids(architecture: Architecture, routing: Any, shape: tuple[int, int])
     """Forced choices as int32 `[Lm, B, T, A]`, or None."""
     if routing is None:
         return None
+    if architecture.block.router and architecture.block.router.rule:
+        raise ValueError("routing: choices cannot be forced on DeepSpeed's gates, which drop by capacity")
     routing = getattr(routing, "expert_ids", routing)
     router, count = architecture.block.router, len(architecture.moe_layers)
     if not count and not len(routing):
@@ -180,8 +184,9 @@ def forced_ids(architecture: Architecture, routing: Any, shape: tuple[int, int])
     forced = np.stack([np.asarray(layer) for layer in routing])
     if not np.issubdtype(forced.dtype, np.integer):
         raise ValueError(f"routing: expected integers, got {forced.dtype}")
-    if forced.max(initial=-1) >= router.num_experts:
-        raise ValueError(f"routing: expert {forced.max()} of {router.num_experts}")
+    for layer, experts in zip(forced, architecture.expert_counts, strict=True):
+        if layer.max(initial=-1) >= experts:
+            raise ValueError(f"routing: expert {layer.max()} of {experts}")
     return forced.astype(np.int32)
 
 
@@ -218,4 +223,5 @@ def _as_record(architecture: Architecture, logits, normed, trace) -> Record:
     def per_layer(stack):
         return tuple(layer.reshape(*shape, -1) for layer in stack)
 
-    return Record(logits, hidden, per_layer(trace.choices.logits), per_layer(ids), per_layer(weights))
+    scores = zip(per_layer(trace.choices.logits), architecture.expert_counts, strict=True)
+    return Record(logits, hidden, tuple(s[..., :count] for s, count in scores), per_layer(ids), per_layer(weights))

@@ -62,6 +62,8 @@ class MoE(nnx.Module):
             raise ValueError(f"capacity_factor: {capacity_factor} is not positive")
         if width < 1 or hidden < 1 or shared_hidden < 0:
             raise ValueError(f"width, hidden, shared_hidden: {width}, {hidden}, {shared_hidden}")
+        if self.config.rule is not None:
+            raise ValueError("rule: DeepSpeed's gates run in moe_jax.deepspeed.MoE")
         if capacity_factor is not None and self.config.scale_input:
             raise ValueError("capacity_factor: not supported with scale_input")
         OPERATION.choose(implementation)  # refuses an unknown name
@@ -103,9 +105,8 @@ class MoE(nnx.Module):
             raise ValueError(f"mask: shape {mask.shape}, expected {x.shape[:-1]}")
         rows = jnp.asarray(x).reshape(-1, width)
         rows = rows.astype(jnp.promote_types(rows.dtype, self.experts["up"].dtype))
-        logits, ids, gates = choose(self.config, _arrays(self.router), rows)
-        if mask is not None:
-            ids = jnp.where(jnp.asarray(mask).reshape(-1, 1), ids, -1)
+        real = None if mask is None else jnp.asarray(mask).reshape(-1)
+        logits, ids, gates = choose(self.config, _arrays(self.router), rows, real=real)
         capacity = None
         if self.capacity_factor is not None:
             capacity = capacity_of(rows.shape[0], self.config.top_k, self.config.num_experts, self.capacity_factor)

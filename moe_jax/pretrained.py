@@ -12,11 +12,13 @@ import jax.numpy as jnp
 
 from .checkpoint.gguf_llama import GGUFCheckpoint
 from .checkpoint.hub import resolve
+from .checkpoint.int8 import Int8Format
 from .checkpoint.load import load_weights
 from .checkpoint.save import write_json, write_weights
 from .checkpoint.source import Checkpoint, TensorSource
 from .config import ModelConfig
 from .model import Model, named_implementation
+from .weights import flattened
 
 _log = logging.getLogger(__name__)
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -32,7 +34,8 @@ def load_pretrained(
 
     Args: `dtype`: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU. `mesh`: None; sharded
     loading is not there yet. `implementation`: name of the expert MLP's implementation, or a mapping from operation
-    to name. FP8 block-scaled and MXFP4 tensors are widened while they are read.
+    to name. FP8 block-scaled and MXFP4 tensors are widened while they are read; int8 kernels that `save_pretrained`
+    wrote stay int8, `dtype` being that of everything else.
     Raises `ValueError` for an unsupported family, config key or quantisation; `OSError` for files that are missing,
     truncated or do not fit the config, naming all tensors concerned.
 
@@ -45,7 +48,7 @@ def load_pretrained(
     """
     if mesh is not None:
         raise ValueError("mesh: sharded loading is not supported yet; load without a mesh")
-    dtype, implementation = _dtype(dtype), named_implementation(implementation)
+    dtype, implementation = working_dtype(dtype), named_implementation(implementation)
     checkpoint: TensorSource
     if os.fspath(path_or_id).endswith(".gguf"):
         gguf = GGUFCheckpoint(Path(path_or_id))
@@ -80,8 +83,10 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
     """Write a model in the Hugging Face layout of its family: safetensors, `config.json`, generation settings.
 
     Tensors keep the model's dtype, so that loading them again gives equal weights; transformers reads the folder
-    too. Each file appears under its name when it is whole; weights of an earlier save are removed after the new ones
-    stand. Raises `OSError` if the folder cannot be written.
+    too. A model of `moe_jax.quantize` is written in int8, a tensor `<name>_scale` beside each kernel, and
+    `quantization_config` says so ("moe_jax_int8"): such a folder only we can read, transformers cannot. Each file
+    appears under its name when it is whole; weights of an earlier save are removed after the new ones stand. Raises
+    `OSError` if the folder cannot be written.
 
     >>> import tempfile
     >>> from moe_jax.model import Model, tiny_config
@@ -95,10 +100,13 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
     write_weights(folder, model.config, model.arrays(), max_shard_bytes)
     hub = model.config.to_dict()
     for values in (hub, hub.get(model.config.family.nested_config or "", {})):
-        values.pop("quantization_config", None)  # tensors are written widened
+        values.pop("quantization_config", None)  # formats other than ours are written widened
         values.pop("dtype", None)
         if values:
             values["torch_dtype"] = str(model.dtype)
+    int8 = Int8Format.of_weights(flattened(model.arrays()))
+    if int8 is not None:
+        hub["quantization_config"] = int8.to_dict()
     write_json(folder / "config.json", hub)
     if model.generation:
         write_json(folder / "generation_config.json", model.generation)
@@ -106,7 +114,8 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
         (folder / "generation_config.json").unlink(missing_ok=True)
 
 
-def _dtype(dtype: Any) -> jnp.dtype:
+def working_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of a loaded model: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU."""
     if isinstance(dtype, str) and dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     try:

@@ -14,14 +14,16 @@ Weights = dict[str, Any]
 class Parameter:
     """Shape of one parameter. `layers`: which model layers its leading axis holds (None: it belongs to no layer).
 
-    `experts`: length of the expert axis behind the layer axis, 0 without. `inputs`: how many trailing axes are
-    contracted with the input, 0 for what is no kernel.
+    `experts`: length of the expert axis behind the layer axis, 0 without. `counts`: in pyramids, how many experts
+    each of `layers` has; the leading axis then holds them all, layer by layer, in place of a layer axis. `inputs`:
+    how many trailing axes are contracted with the input, 0 for what is no kernel.
     """
 
     shape: tuple[int, ...]
     layers: tuple[int, ...] | None = None
     experts: int = 0
     inputs: int = 0
+    counts: tuple[int, ...] | None = None
 
 
 def parameters(architecture: Architecture) -> dict[str, Parameter]:
@@ -41,7 +43,9 @@ def parameters(architecture: Architecture) -> dict[str, Parameter]:
         shapes = _mlp(block.dense, width)
         _stack(table, architecture.dense_layers, {f"dense.{k}": v for k, v in shapes.items()})
     if architecture.moe_layers:
-        _moe(table, block, architecture.moe_layers)
+        _moe(table, architecture)
+    if architecture.learned_positions:
+        table["positions"] = Parameter((architecture.context, width), inputs=1)
     table |= {f"final_norm.{k}": Parameter(v) for k, v in _norm(block).items()}
     if not architecture.tied:
         table["head.kernel"] = Parameter((vocab, width), inputs=1)
@@ -72,9 +76,10 @@ def _mlp(mlp: MLPConfig, width: int) -> Shapes:
     return shapes
 
 
-def _moe(table: dict[str, Parameter], block: BlockConfig, layers: tuple[int, ...]) -> None:
-    router = block.router
-    per_layer: Shapes = {"moe.router": (router.num_experts, block.width)}
+def _moe(table: dict[str, Parameter], architecture: Architecture) -> None:
+    block, layers, counts = architecture.block, architecture.moe_layers, architecture.expert_counts
+    router, pyramid = block.router, architecture.pyramid
+    per_layer: Shapes = {} if pyramid else {"moe.router": (router.num_experts, block.width)}
     if router.logit_bias:
         per_layer["moe.router_bias"] = (router.num_experts,)
     if router.selection_bias:
@@ -83,9 +88,19 @@ def _moe(table: dict[str, Parameter], block: BlockConfig, layers: tuple[int, ...
         per_layer |= {f"shared.{k}": v for k, v in _mlp(block.shared, block.width).items()}
     if block.shared_gate:
         per_layer["shared.scale"] = (block.width,)
+    if block.mix:
+        per_layer["shared.mix"] = (2, block.width)
+    if block.mix_bias:
+        per_layer["shared.mix_bias"] = (2,)
     _stack(table, layers, per_layer)
     experts = {f"moe.{k}": v for k, v in _mlp(block.experts, block.width).items()}
-    _stack(table, layers, experts, router.num_experts)
+    if not pyramid:
+        _stack(table, layers, experts, router.num_experts)
+        return
+    total = sum(counts)
+    table["moe.router"] = Parameter((total, block.width), layers, 0, 1, counts)
+    for name, shape in experts.items():
+        table[name] = Parameter((total, *shape), layers, total, int(len(shape) > 1), counts)
 
 
 def _attention(config: AttentionConfig, width: int) -> Shapes:

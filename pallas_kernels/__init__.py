@@ -8,6 +8,7 @@ from .activations import ACTIVATIONS, Activation
 from .expert_mlp import capacity_mlp, moe_block, prepare, routed_mlp
 from .experts import Experts
 from .plan import Plan, make_plan
+from .quantized import QuantizedArray
 from .routing import route
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Activation",
     "Experts",
     "Plan",
+    "QuantizedArray",
     "capacity_mlp",
     "make_plan",
     "moe_block",

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from .activations import Activation
+from .quantized import is_quantized
 
 
 @jax.tree_util.register_pytree_node_class
@@ -16,8 +17,8 @@ class Experts:
     Shapes: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, biases `[E, F]` and `[E, D]`, or all of them with a
     leading `[L]` for a stack of layers (then `routed_mlp` takes `layer=`). `gate` is None where the activation has
     no gate. `layout="out_in"`: kernels have their last two axes swapped, the contraction last (what `prepare` makes
-    and what checkpoints hold). Building one validates the shapes; it neither copies nor fuses, so it can be built
-    from tracers.
+    and what checkpoints hold). Kernels may be `QuantizedArray`s, whose layout is "out_in". Building one validates the
+    shapes; it neither copies nor fuses, so it can be built from tracers.
 
     Raises `ValueError` naming the field and both shapes.
 
@@ -44,6 +45,8 @@ class Experts:
             raise ValueError(f"gate: activation {self.activation.name!r} {need} gate weights")
         if self.layout not in ("in_out", "out_in"):
             raise ValueError(f"layout: {self.layout!r} is neither in_out nor out_in")
+        if self.layout == "in_out" and self.quantized:
+            raise ValueError("layout: int8 kernels have the contraction last, layout='out_in'")
         self._check_shapes()
 
     def _check_shapes(self):
@@ -82,6 +85,11 @@ class Experts:
     def stacked(self) -> bool:
         """Whether the weights carry a leading layer axis."""
         return self.up.ndim == 4
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any kernel is a `QuantizedArray`."""
+        return any(is_quantized(w) for w in (self.gate, self.up, self.down))
 
     def flat(self) -> "Experts":
         """The same weights with the layer axis folded into the expert axis, `[L*E, ...]`: a free reshape."""

@@ -21,7 +21,7 @@ class Piece:
     parameter: str
     tensor: Tensor
     name: str
-    index: tuple[int, ...]
+    index: tuple[int | slice, ...]
     disk_shape: tuple[int, ...]
     shape: tuple[int, ...]
     kernel: bool
@@ -41,6 +41,9 @@ def pieces(config: ModelConfig) -> Iterator[Piece]:
 
 def _pieces_of(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> Iterator[Piece]:
     each_expert = "{expert}" in tensor.name
+    if parameter.counts is not None:
+        yield from _pyramid(name, parameter, tensor, prefix)
+        return
     lead = (parameter.layers is not None) + each_expert
     shape = parameter.shape[lead:]
     stacked = parameter.experts > 0 and not each_expert
@@ -50,6 +53,21 @@ def _pieces_of(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> 
             index = (() if layer is None else (place,)) + (() if expert is None else (expert,))
             on_disk = prefix + tensor.name.format(layer=layer, expert=expert)
             yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0)
+
+
+def _pyramid(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> Iterator[Piece]:
+    """Pieces of a parameter that holds the experts of all layers one after another."""
+    each_expert, first = "{expert}" in tensor.name, 0
+    for layer, count in zip(parameter.layers, parameter.counts, strict=True):
+        for expert in range(count) if each_expert else (None,):
+            whole = slice(first, first + count)
+            index = (whole if expert is None else first + expert,)
+            shape = parameter.shape[1:] if each_expert else (count, *parameter.shape[1:])
+            stacked = parameter.experts > 0 and not each_expert
+            disk_shape = _disk_shape(shape, parameter.inputs, tensor, stacked)
+            on_disk = prefix + tensor.name.format(layer=layer, expert=expert)
+            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0)
+        first += count
 
 
 def _disk_shape(shape: tuple[int, ...], inputs: int, tensor: Tensor, stacked: bool) -> tuple[int, ...]:

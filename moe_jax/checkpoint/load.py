@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..config import ModelConfig
 from ..weights import Weights, nested, parameters
+from .int8 import SCALE, format_of, joined, stacks, stored_in_int8, with_scales
 from .layout import Piece, from_disk, pieces
 from .quantized import convert
 from .source import TensorSource
@@ -27,26 +28,32 @@ _THREADS = 4
 def load_weights(checkpoint: TensorSource, config: ModelConfig, dtype: Any) -> tuple[Weights, list[str]]:
     """All parameters in `dtype`, and the names of tensors that were left out because the family ignores them.
 
-    Every stack is allocated once and filled in place, so that host memory holds the model, the stack in work and a
-    few single tensors. Raises `OSError` that names all missing, unexpected and misshapen tensors.
+    Kernels that the config says are int8, and that are, stay so. Every stack is allocated once and filled in place, so
+    that host memory holds the model, the stack in work and a few single tensors. Raises `OSError` that names all
+    missing, unexpected and misshapen tensors.
     """
-    plan = list(pieces(config))
+    plan, form = list(pieces(config)), format_of(config)
+    int8 = stored_in_int8(plan, checkpoint.tensors) if form else set()
+    plan = list(with_scales(plan, config, int8, form))
     ignored = _check(checkpoint, config, plan)
     _check_tied_head(checkpoint, config)
     by_parameter: dict[str, list[Piece]] = {}
     for piece in plan:
         by_parameter.setdefault(piece.parameter, []).append(piece)
-    shapes = parameters(config.architecture)
-    total = sum(math.prod(p.shape) for p in shapes.values()) * np.dtype(dtype).itemsize
-    weights = {}
+    layout: dict[str, Any] = {}
+    for name, parameter in parameters(config.architecture).items():
+        kind = np.dtype(np.float32 if name in _KEEP_FLOAT32 else dtype)
+        layout |= stacks(name, parameter, form) if name in int8 else {name: (parameter.shape, kind)}
+    total = sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())
+    weights: dict[str, Any] = {}
     with (
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
         tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, leave=False) as bar,
     ):
         for name, parts in by_parameter.items():
-            kind = np.dtype(np.float32 if name in _KEEP_FLOAT32 else dtype)
-            weights[name] = _stack(checkpoint, parts, shapes[name].shape, kind, pool, bar)
-    return nested(weights), ignored
+            shape, kind = layout[name]
+            weights[name] = _stack(checkpoint, parts, shape, kind, pool, bar)
+    return nested(joined(weights, config, int8, form, dtype)), ignored
 
 
 def _check(checkpoint: TensorSource, config: ModelConfig, plan: list[Piece]) -> list[str]:
@@ -61,9 +68,15 @@ def _check(checkpoint: TensorSource, config: ModelConfig, plan: list[Piece]) -> 
     extra = sorted(set(found) - set(wanted))
     ignored = [name for name in extra if _ignorable(name, config)]
     extra = sorted(set(extra) - set(ignored))
+    alone = sorted(n for n in wanted if n in found and found[n].dtype == "I8" and n + SCALE not in wanted)
     problems = [
         f"{what} ({len(names)}): {', '.join(names)}"
-        for what, names in (("missing", missing), ("unexpected", extra), ("misshapen", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("misshapen", misshapen),
+            ("int8 without scales or a quantization_config that says so", alone),
+        )
         if names
     ]
     if problems:
@@ -84,7 +97,7 @@ def _ignorable(name: str, config: ModelConfig) -> bool:
     name = name.removeprefix(config.family.prefix)
     if any(re.fullmatch(pattern, name) for pattern in config.family.ignored):
         return True
-    if config.architecture.tied and name == config.family.tensors["head.kernel"].name:
+    if config.architecture.tied and name.removesuffix(SCALE) == config.family.tensors["head.kernel"].name:
         return True  # a copy of the embedding
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     return bool(config.family.next_token_layers and layer and int(layer[1]) >= config.num_layers)
@@ -102,7 +115,8 @@ def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar) -> jax.Array
             target[index] = convert(from_disk(piece, array), dtype)
         bar.update(room.nbytes)
 
-    if jax.default_backend() == "cpu":
+    ranges = any(isinstance(i, slice) for piece in parts for i in piece.index)  # a pyramid's routers: small
+    if jax.default_backend() == "cpu" or ranges:
         host = _aligned(shape, dtype)
         _all(pool.submit(fill, host, piece, piece.index) for piece in parts)
         return jax.device_put(host)

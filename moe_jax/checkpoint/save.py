@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.quantized import is_quantized
+
 from ..config import ModelConfig
 from ..weights import Weights, flattened
+from .int8 import Int8Format, separated, with_scales
 from .layout import Piece, pieces, to_disk
 from .safetensors import write_file
 
@@ -19,10 +22,16 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\
 
 
 def write_weights(folder: Path, config: ModelConfig, weights: Weights, max_shard_bytes: int) -> None:
-    """Write all tensors under the family's names, one at a time, in files of at most `max_shard_bytes`."""
+    """Write all tensors under the family's names, one at a time, in files of at most `max_shard_bytes`.
+
+    Int8 kernels are written as they are, with a tensor of scales each (see `int8.py`).
+    """
     flat = flattened(weights)
+    form = Int8Format.of_weights(flat)
+    plan = with_scales(pieces(config), config, {name for name in flat if is_quantized(flat[name])}, form)
+    flat = separated(flat)
     tensors: dict[str, list[Piece]] = {}
-    for piece in pieces(config):
+    for piece in plan:
         tensors.setdefault(piece.name, []).append(piece)
     shards = _shards(tensors, flat, max_shard_bytes)
     index: dict[str, str] = {}

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .int8 import METHOD, Int8Format
 from .quantized import widen_fp8, widen_mxfp4
 from .safetensors import Entry, TensorFile
 
@@ -146,13 +147,15 @@ class Checkpoint:
 
 
 def _fp8_block(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Block of a config's FP8 quantisation; any other quantisation than fp8 and mxfp4 is refused by name."""
+    """Block of a config's FP8 quantisation; other quantisations than fp8, mxfp4 and our int8 are refused by name."""
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
         raise ValueError(f"quantization_config: {quantization!r} is not a dictionary")
     method = quantization.get("quant_method")
-    if method not in (None, "fp8", "mxfp4"):
-        raise ValueError(f"quantization_config: quant_method {method!r} is not supported; supported: fp8, mxfp4")
+    if method not in (None, "fp8", "mxfp4", METHOD):
+        supported = f"fp8, mxfp4, {METHOD}"
+        raise ValueError(f"quantization_config: quant_method {method!r} is not supported; supported: {supported}")
+    Int8Format.of(quantization)  # refuses what it does not know
     block = quantization.get("weight_block_size") or (128, 128)
     if method == "fp8" and not quantization.get("weight_block_size"):
         raise ValueError("quantization_config: fp8 without weight_block_size is not supported, only block-scaled fp8")

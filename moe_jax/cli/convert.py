@@ -1,9 +1,10 @@
-"""`moe-jax convert`: a model into a Hugging Face folder, with its tokenizer; dense models upcycled on request."""
+"""`moe-jax convert`: a model into a Hugging Face folder, with its tokenizer; upcycled or quantised on request."""
 
 import argparse
 
 from ..demo import fetch_demo
 from ..pretrained import save_pretrained
+from ..quantize import quantize
 from ..upcycle import upcycle
 from .common import add_model, load, load_tokenizer_of, note
 
@@ -16,6 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
     parser.add_argument("--upcycle", type=int, metavar="E", help="make E experts out of each dense MLP of a Llama")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts per token of the upcycled model; 2 if unset")
+    parser.add_argument("--quantize", choices=["int8"], help="write int8 kernels, which only moe_jax reads")
+    parser.add_argument("--group-size", type=int, metavar="N", help="inputs per scale; a whole row if unset")
     parser.add_argument("--seed", type=int, help="of the upcycled routers; 0 if unset")
 
 
@@ -25,9 +28,13 @@ def run(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and options.upcycle is None:
         raise ValueError(f"{', '.join(chosen)}: only with --upcycle")
+    if options.group_size is not None and options.quantize is None:
+        raise ValueError("group_size: only with --quantize")
     model, _ = load(options, tokenizer=False, upcycled=options.upcycle is None)
     if options.upcycle is not None:
         model = upcycle(model, options.upcycle, **chosen)
+    if options.quantize is not None:
+        model = quantize(model, group_size=options.group_size)
     save_pretrained(model, options.output)
     try:
         load_tokenizer_of(options.model or str(fetch_demo())).save(options.output)

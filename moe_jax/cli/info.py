@@ -47,7 +47,7 @@ def _open(path: str) -> tuple[ModelConfig, dict[str, int]]:
         return ModelConfig.from_json_file(path), {}
     folder = resolve(path)
     config = ModelConfig.from_json_file(folder / "config.json")
-    checkpoint = Checkpoint(folder, config.text)
+    checkpoint = Checkpoint(folder, config.text if "quantization_config" in config.text else config.hub)
     for file in checkpoint.files.values():
         for entry in file.entries.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes

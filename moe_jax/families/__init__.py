@@ -2,6 +2,7 @@
 
 from . import (
     deepseek,
+    deepspeed_moe,
     ernie4_5_moe,
     glm4_moe,
     gpt_oss,
@@ -37,6 +38,7 @@ _ALL = (
     llama4.LLAMA4_TEXT,
     llama4.LLAMA4,
     llama.FAMILY,
+    deepspeed_moe.FAMILY,
 )
 
 #: `model_type` -> family.

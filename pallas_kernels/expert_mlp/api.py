@@ -121,11 +121,11 @@ def prepare(experts: Experts, implementation: str | None = None) -> Experts:
     """The same experts in the storage that `implementation` prefers; made once, when weights are made or loaded.
 
     `xla_tiles` reads kernels with the contraction last, the layout of checkpoints; `xla_ragged` the plain one.
-    Experts that are in that storage are returned as they are.
+    Experts that are in that storage are returned as they are, and so are quantised ones, which have one storage.
     """
     OPERATION.choose(implementation)
     layout = "in_out" if implementation == "xla_ragged" else "out_in"
-    if experts.layout == layout:
+    if experts.layout == layout or experts.quantized:
         return experts
     swapped = {n: getattr(experts, n) for n in ("gate", "up", "down")}
     swapped = {n: None if w is None else jnp.swapaxes(w, -1, -2) for n, w in swapped.items()}

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from ..experts import Experts
+from ..quantized import dense
 
 
 def expert(x: jax.Array, weights: Experts) -> jax.Array:
     """One expert (`weights` without expert axis) on rows `x [rows, D]`; products accumulate in float32."""
 
     def product(x, kernel, bias):
+        kernel = dense(kernel, x.dtype)
         # The transpose is written out: XLA on a CPU then fuses it with the slice that took the kernel from its stack.
         kernel = kernel.T if weights.layout == "out_in" else kernel
         y = jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))

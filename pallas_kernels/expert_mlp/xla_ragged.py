@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..plan import make_plan
+from ..quantized import dense
 from .reference import combine
 
 
@@ -20,6 +21,7 @@ def routed_mlp(x, ids, weights, experts, plan, first):
     of_row = jnp.where(rows < flat.shape[0], flat.at[rows].get(mode="clip"), 0)
 
     def product(lhs, kernel, bias):
+        kernel = dense(kernel, lhs.dtype)
         kernel = jnp.swapaxes(kernel, 1, 2) if experts.layout == "out_in" else kernel
         y = jax.lax.ragged_dot(lhs, kernel, counts, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         return y if bias is None else y + bias[of_row]

@@ -1,12 +1,14 @@
 """The expert MLP as a loop over the tiles of the plan: work follows the active experts, not all of them."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..plan import make_plan
+from ..quantized import dense, is_quantized, rows_of
 from .reference import combine, expert
 
 
@@ -17,7 +19,7 @@ def routed_mlp(x, ids, weights, experts, plan, first):
     widths = (plan.tile_rows,)
     if not plan.in_place:
         kernels = sum(w.nbytes for w in (experts.gate, experts.up, experts.down) if w is not None)
-        widths = row_widths(plan.tile_rows, ids.size / experts.num_experts, kernels / experts.up[..., 0, 0].size)
+        widths = row_widths(plan.tile_rows, ids.size / experts.num_experts, kernels / math.prod(experts.up.shape[:-2]))
     tiles = _tiles(plan, ids)
     packed = plan.row_choice.shape[0] if plan.in_place else ids.size + plan.tile_rows
     rows = _run_tiles(x, experts.flat(), tiles._replace(expert=tiles.expert + first), packed, widths)
@@ -120,12 +122,13 @@ def _by_pieces(kernels, index, columns, dtype):
     """`kernels[index] @ columns`: `kernels [E, out, in]`, `columns [in, rows]`, in pieces along `out`."""
     _, out, width = kernels.shape
     size = piece_rows(out, width * jnp.dtype(dtype).itemsize)
+    if is_quantized(kernels) and kernels.runs:
+        size = out
 
     def piece(i):
         # all indices in one type, also with 64 bits enabled
-        start = (index, jnp.asarray(i * size, index.dtype), jnp.zeros_like(index))
-        cut = jax.lax.dynamic_slice(kernels, start, (1, size, width))[0]
-        return jnp.matmul(cut, columns, preferred_element_type=dtype)
+        cut = rows_of(kernels, index, jnp.asarray(i * size, index.dtype), size)
+        return jnp.matmul(dense(cut, columns.dtype), columns, preferred_element_type=dtype)
 
     if size == out:
         return piece(0)
@@ -193,7 +196,10 @@ def _forward(x, experts, tiles, packed, widths):
 
 
 def _backward(packed, widths, saved, d_rows):
-    """The same loop backwards, recomputing each tile; weight gradients accumulate in place in float32."""
+    """The same loop backwards, recomputing each tile; weight gradients accumulate in place in float32.
+
+    Quantised kernels are constants: nothing flows to their values or scales.
+    """
     del packed, widths
     x, experts, tiles = saved
     size = tiles.token.shape[1]
@@ -201,19 +207,22 @@ def _backward(packed, widths, saved, d_rows):
     def body(t, carry):
         d_x, d_experts = carry
         index, tokens = tiles.expert[t], tiles.token[t]
-        _, pull = jax.vjp(expert, _gather(x, tokens), _take(experts, index))
+        taken, own = _gather(x, tokens), _take(experts, index)
+        own = jax.tree.map(lambda w: dense(w, x.dtype), own, is_leaf=is_quantized)
+        _, pull = jax.vjp(expert, taken, own)
         d_out = jax.lax.dynamic_slice_in_dim(d_rows, tiles.start[t], size)
         d_out = jnp.where(jnp.arange(size)[:, None] < tiles.length[t], d_out, 0)  # the rest is the next tile's
         d_taken, d_expert = pull(d_out)
         d_x = d_x.at[tokens].add(d_taken.astype(d_x.dtype), mode="drop")
-        add = lambda total, part: total.at[index].add(part.astype(total.dtype))
+        add = lambda total, part: total.at[index].add(part.astype(total.dtype)) if total.ndim else total
         return d_x, jax.tree.map(add, d_experts, d_expert)
 
     def wide(w):
-        return jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+        return jnp.zeros(() if is_quantized(w) else w.shape, jnp.promote_types(w.dtype, jnp.float32))
 
-    d_x, d_experts = jax.lax.fori_loop(0, tiles.num_tiles, body, (wide(x), jax.tree.map(wide, experts)))
-    d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), d_experts, experts)
+    begin = wide(x), jax.tree.map(wide, experts, is_leaf=is_quantized)
+    d_x, d_experts = jax.lax.fori_loop(0, tiles.num_tiles, body, begin)
+    d_experts = jax.tree.map(lambda d, w: None if is_quantized(w) else d.astype(w.dtype), d_experts, experts)
     return d_x.astype(x.dtype), d_experts, None
 
 

@@ -1,11 +1,13 @@
 """Attention against plain NumPy in float64."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax import attention
-from moe_jax.attention import Span, Varying, attend, visible
+from moe_jax.attention import MASKED, Span, Varying, attend, visible
 from moe_jax.block_config import AttentionConfig
 
 HEADS, KV_HEADS, HEAD, VALUE, WIDTH = 4, 2, 6, 5, 8
@@ -31,7 +33,12 @@ def draw(queries=7, keys=9, seed=0):
 
 def run(config, q, entries, mask, weights):
     entries, weights = ({k: jnp.asarray(v) for k, v in d.items()} for d in (entries, weights))
-    return np.asarray(attend(config, weights, jnp.asarray(q), entries, jnp.asarray(mask)))
+    batch, queries, keys = mask.shape
+    bias = jnp.where(mask, 0.0, MASKED)[:, None]
+    positions = (jnp.broadcast_to(jnp.arange(n), (batch, n)) for n in (queries, keys))
+    span = Span(*positions, jnp.ones((batch, keys), bool), None, bias)
+    config = dataclasses.replace(config, causal=False)
+    return np.asarray(attend(config, weights, jnp.asarray(q), entries, span, Varying()))
 
 
 def plain(q, entries, mask, weights, sinks=None):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from core_models import quick_compile  # noqa: F401
 
-from moe_jax.attention import Span, Varying, attend, project, visible
+from moe_jax.attention import Span, Varying, attend, project
 from moe_jax.block_config import AttentionConfig, LatentConfig, RopeConfig
 from moe_jax.rope import rotation
 from moe_jax.weights import _attention as shapes_of
@@ -109,7 +109,7 @@ def layer(config, weights, x, varying):
     positions, valid = jnp.asarray(POSITIONS), jnp.asarray(VALID)
     span = Span(positions, positions, valid, rotation(config.rope, positions, TOKENS))
     q, entries = project(config, weights, x, span, varying)
-    return attend(config, weights, q, entries, visible(span, varying))
+    return attend(config, weights, q, entries, span, varying)
 
 
 VARIANTS = {

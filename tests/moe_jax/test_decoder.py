@@ -16,8 +16,8 @@ from moe_jax.model import Model, tiny_config
 @settings(deadline=None, derandomize=True)
 def test_segments_cover_all_layers_in_order(kinds):
     found = segments(kinds)
-    assert sum((s.moe * s.repeats for s in found), ()) == kinds
-    assert [s.start for s in found] == list(np.cumsum([0] + [len(s.moe) * s.repeats for s in found])[:-1])
+    assert sum((s.experts * s.repeats for s in found), ()) == kinds
+    assert [s.start for s in found] == list(np.cumsum([0] + [len(s.experts) * s.repeats for s in found])[:-1])
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_segments_cover_all_layers_in_order(kinds):
     [((True,) * 48, 1), ((False,) * 3 + (True,) * 58, 2), ((False, True) * 24, 2), ((False, False, True) * 10, 3)],
 )
 def test_bodies_do_not_grow_with_depth(kinds, bodies):
-    assert sum(len(s.moe) for s in segments(kinds)) == bodies
+    assert sum(len(s.experts) for s in segments(kinds)) == bodies
 
 
 @pytest.mark.parametrize("layers", [4, 16])

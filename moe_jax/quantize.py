@@ -1,0 +1,62 @@
+"""Int8 weights: a model whose kernels are `pallas_kernels.QuantizedArray`s."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.quantized import QuantizedArray, check_group_size, is_quantized
+from pallas_kernels.quantized import quantize as quantize_array
+
+from .model import Model
+from .weights import Parameter, flattened, nested, parameters
+
+#: Last part of a kernel's name; routers, norms, biases, sinks and other small things are not among them.
+_KERNELS = frozenset("q k v o q_down q_up kv_down kv_up gate up down embedding kernel".split())
+
+
+def quantize(model: Model, bits: int = 8, group_size: int | None = None) -> Model:
+    """The same model with int8 kernels: those of attention, dense, shared and expert MLPs, embedding and head.
+
+    `group_size` None: one scale per output channel; an integer such as 128: one per block of so many inputs, the last
+    block of a row possibly shorter. Routers, norms, biases and sinks stay as they are. Weights take about half of
+    bfloat16's bytes; products are computed in the model's dtype, on one layer's or expert's widened kernel at a time.
+    Stacks are converted one by one, layer by layer; `model` keeps its own. Raises `ValueError` for `bits` other than
+    8, a `group_size` that is not a positive integer, a model that has int8 weights already, and weights that are not
+    finite. Method: symmetric absmax, see `pallas_kernels.quantized.quantize`.
+
+    >>> from moe_jax.model import tiny_config
+    >>> model = quantize(Model.initialize(tiny_config()), group_size=16)
+    >>> model([[1, 2, 3]]).shape, model.arrays()["moe"]["up"].values.dtype
+    ((1, 3, 96), dtype('int8'))
+    """
+    if bits != 8:
+        raise ValueError(f"bits: {bits!r}; only 8 are supported")
+    check_group_size(group_size)
+    weights = flattened(model.arrays())
+    if any(map(is_quantized, weights.values())):
+        raise ValueError("quantize: the model's weights are int8 already")
+    table = parameters(model.architecture)
+    for name, array in weights.items():
+        if name.rsplit(".", 1)[-1] in _KERNELS:
+            weights[name], finite = _quantize(array, group_size, *_axes(table[name]))
+            if not finite:
+                raise ValueError(f"quantize: {name} holds values that are not finite")
+    return Model(model.config, nested(weights), model.generation, model.implementation)
+
+
+def _axes(parameter: Parameter) -> tuple[int, bool]:
+    return parameter.inputs, parameter.layers is not None
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(array: jax.Array, group_size: int | None, inputs: int, stacked: bool) -> tuple[QuantizedArray, jax.Array]:
+    """The kernel or stack of kernels in int8, and whether all of it was finite."""
+
+    def one(kernel):
+        return quantize_array(kernel, group_size, inputs), jnp.isfinite(kernel).all()  # max passes over NaN on a CPU
+
+    if not stacked:
+        return one(array)
+    arrays, finite = jax.lax.map(one, array)
+    return arrays, finite.all()
