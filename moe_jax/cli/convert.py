@@ -1,7 +1,8 @@
-"""`moe-jax convert`: a model into a Hugging Face folder, with its tokenizer; upcycled or quantised on request."""
+"""`moe-jax convert`: a model or DeepSpeed's checkpoint into a Hugging Face folder; upcycled or int8 on request."""
 
 import argparse
 
+from ..convert.deepspeed import load_checkpoint
 from ..demo import fetch_demo
 from ..pretrained import save_pretrained
 from ..quantize import quantize
@@ -15,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     add_model(parser)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write")
+    parser.add_argument("--deepspeed", metavar="CONFIG", help="--model is a DeepSpeed checkpoint; JSON of the rest")
     parser.add_argument("--upcycle", type=int, metavar="E", help="make E experts out of each dense MLP of a Llama")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts per token of the upcycled model; 2 if unset")
     parser.add_argument("--quantize", choices=["int8"], help="write int8 kernels, which only moe_jax reads")
@@ -30,12 +32,21 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(chosen)}: only with --upcycle")
     if options.group_size is not None and options.quantize is None:
         raise ValueError("group_size: only with --quantize")
-    model, _ = load(options, tokenizer=False, upcycled=options.upcycle is None)
+    if options.deepspeed is not None:
+        if options.model is None:
+            raise ValueError("deepspeed: needs --model, the checkpoint's folder")
+        given = {"dtype": options.dtype, "implementation": options.implementation}
+        model = load_checkpoint(options.model, options.deepspeed, **given)
+    else:
+        model, _ = load(options, tokenizer=False, upcycled=options.upcycle is None)
     if options.upcycle is not None:
         model = upcycle(model, options.upcycle, **chosen)
     if options.quantize is not None:
         model = quantize(model, group_size=options.group_size)
     save_pretrained(model, options.output)
+    if options.deepspeed is not None:
+        note(f"wrote {model.config!r} to {options.output}")
+        return 0
     try:
         load_tokenizer_of(options.model or str(fetch_demo())).save(options.output)
     except (OSError, ValueError) as error:

@@ -61,7 +61,8 @@ def describe(config: ModelConfig) -> dict[str, object]:
     table = parameters(architecture)
     total = sum(math.prod(p.shape) for p in table.values())
     experts = sum(math.prod(p.shape) for p in table.values() if p.experts)
-    idle = experts * (1 - block.router.top_k / block.router.num_experts) if block.router else 0
+    counts = architecture.expert_counts
+    idle = experts * (1 - len(counts) * block.router.top_k / sum(counts)) if counts else 0
     head = "" if architecture.tied else ", separate head"
     attention = block.attention
     kind = "latent" if attention.latent else f"{attention.num_kv_heads} key/value heads"
@@ -76,7 +77,7 @@ def describe(config: ModelConfig) -> dict[str, object]:
     if block.router and architecture.moe_layers:
         shared = f", shared {block.shared.hidden}" if block.shared else ""
         rows |= {
-            "experts": f"{block.router.num_experts} of hidden width {block.experts.hidden}{shared}",
+            "experts": f"{' or '.join(map(str, sorted(set(counts))))} of hidden width {block.experts.hidden}{shared}",
             "top-k": block.router.top_k,
         }
     rows |= {"parameters": total, "active parameters": round(total - idle)}

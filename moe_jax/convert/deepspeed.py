@@ -69,6 +69,10 @@ def moe_from_state_dict(
     router = _pop(found, "deepspeed_moe.gate.wg.weight")
     count, width = router.shape
     experts = [_linear_pair(found, f"deepspeed_moe.experts.deepspeed_experts.{e}.") for e in range(count)]
+    for e, expert in enumerate(experts):
+        odd = {name: w.shape for name, w in expert.items() if w.shape != experts[0][name].shape}
+        if odd:
+            raise ValueError(f"weights: expert {e} has {odd}, unlike expert 0")
     hidden, residual = experts[0]["up"].shape[0], "coefficient.weight" in found
     _check_sizes(settings.sizes, hidden_size=width, intermediate_size=hidden, num_experts=count, use_residual=residual)
     given: dict[str, Any] = {"gate": router, "experts": {n: np.stack([e[n] for e in experts]) for n in experts[0]}}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dims import Array as AnyArray
 
-from ..attention import Span, probabilities, project, raw_scores
+from ..attention import MASKED, Span, probabilities, project, raw_scores
 from ..block import Place, self_attention, take
 from ..block_config import BlockConfig, LayerConfig
 from ..decoder import make_turn, varying
@@ -20,6 +20,7 @@ from ..generation import bucket
 from ..model import draw
 from ..weights import Weights, nested
 from .config import MoEInferenceConfig
+from .int8 import quantize_layer
 from .translate import attention_weights, block_config, layer_config, layer_parameters
 
 #: What upstream adds to the score of a key that an integer mask excludes.
@@ -27,23 +28,26 @@ _EXCLUDED = -10000.0
 Past = tuple[AnyArray, AnyArray]
 
 
-def mask_bias(mask: Any, batch: int, queries: int, keys: int, invert: bool = True) -> jax.Array | None:
-    """A mask as an addend to the scores, `[B, 1 or N, 1 or T, S]`; None for None.
+def mask_bias(mask: Any, shape: tuple[int, int, int, int], invert: bool = True) -> jax.Array | None:
+    """A mask as an addend to scores of `shape` `[B, N, T, S]`: `[B, 1 or N, 1 or T, S]`; None for None.
 
     `mask [B, S]`, `[B, 1, 1, S]` or anything that broadcasts to `[B, N, T, S]`: integers or bools are 1 for real
-    tokens (0 with `invert` false, Bloom's convention), floats are added as they are. A mask of the new tokens only
-    says nothing of earlier ones, which are then visible. Raises `ValueError` for other shapes and values.
+    tokens (0 with `invert` false, Bloom's convention), floats are added as they are, down to a bound that still lies
+    above keys that are not visible at all. A mask of the new tokens only says nothing of earlier ones, which are then
+    visible. Raises `ValueError` for other shapes and values.
     """
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask, (batch, heads, queries, keys) = jnp.asarray(mask), shape
     if mask.ndim == 2:
         mask = mask[:, None, None, :]
-    fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries)
-    if not fits or mask.shape[3] not in (queries, keys):
-        raise ValueError(f"input_mask: shape {mask.shape} does not fit {batch} rows, {queries} queries, {keys} keys")
+    allowed = (1, batch), (1, heads), (1, queries), (queries, keys)
+    if mask.ndim != 4 or any(size not in sizes for size, sizes in zip(mask.shape, allowed, strict=True)):
+        raise ValueError(
+            f"input_mask: shape {mask.shape} does not fit {batch} rows, {heads} heads, {queries} queries, {keys} keys"
+        )
     if jnp.issubdtype(mask.dtype, jnp.floating):
-        bias = mask.astype(jnp.float32)
+        bias = jnp.maximum(mask.astype(jnp.float32), MASKED / 10)
     else:
         if not isinstance(mask, jax.core.Tracer) and not np.isin(np.asarray(mask), (0, 1)).all():
             raise ValueError("input_mask: integers other than 0 and 1")
@@ -108,7 +112,8 @@ class SelfAttention(nnx.Module):
     """Upstream's `DeepSpeedSelfAttention` (and, with `bigscience_bloom`, `BloomSelfAttention`), without the norm.
 
     Args: `config`; `layer_index`: for `scale_attn_by_inverse_layer_idx`; `weights`: upstream's `attn_qkvw [D, (N +
-    2K) H]`, `attn_qkvb`, `attn_ow [N H, D]`, `attn_ob`, or None for random ones from `rngs`.
+    2K) H]`, `attn_qkvb`, `attn_ow [N H, D]`, `attn_ob`, or None for random ones from `rngs`. With the config's
+    `q_int8` kernels are kept as int8. Raises `ValueError` for weights that do not fit the config.
 
     >>> from moe_jax import MoEInferenceConfig
     >>> attention = SelfAttention(MoEInferenceConfig(hidden_size=8, heads=2), rngs=nnx.Rngs(0))
@@ -127,12 +132,16 @@ class SelfAttention(nnx.Module):
     ):
         self.config, self.block, self.layer = config, block_config(config), layer_config(config, layer_index)
         dtype = jnp.dtype(config.working_dtype)
+        if (weights is None) == (rngs is None):
+            raise ValueError("weights, rngs: give one of the two")
         if weights is None:
             table = layer_parameters(self.block, self.layer)
             wanted = {name: p for name, p in table.items() if name.startswith("attention.")}
             given = {name: draw(rngs.params(), name, p, dtype) for name, p in wanted.items()}
         else:
             given = {n: jnp.asarray(w[None], dtype) for n, w in attention_weights(config, weights).items()}
+        if config.q_int8:
+            given = quantize_layer(config, given)
         self.weights = nnx.data(jax.tree.map(nnx.Param, nested(given)))
 
     def __call__(
@@ -147,13 +156,14 @@ class SelfAttention(nnx.Module):
 
         `input_mask`: see `mask_bias`; `layer_past`: earlier keys and values `[B, K, P, H]`. Returns the output, and
         as a tuple behind it what was asked for: `(keys, values)` of all tokens, probabilities `[B, N, T, S]`.
+        Raises `ValueError` for shapes that do not fit.
         """
         x = jnp.asarray(x)
-        if x.ndim != 3 or x.shape[2] != self.config.hidden_size:
-            raise ValueError(f"x: shape {x.shape}, expected [B, T, {self.config.hidden_size}]")
+        if x.ndim != 3 or x.shape[2] != self.config.hidden_size or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x: {x.dtype} {x.shape}, expected floats [B, T, {self.config.hidden_size}]")
         batch, new, _ = x.shape
         length = check_past(self.config, batch, layer_past, new)
-        bias = mask_bias(input_mask, batch, new, length + new, self.config.invert_mask)
+        bias = mask_bias(input_mask, (batch, self.config.heads, new, length + new), self.config.invert_mask)
         weights = jax.tree.map(lambda p: p[...], self.weights, is_leaf=lambda p: isinstance(p, nnx.Variable))
         h = x.astype(jnp.dtype(self.config.working_dtype))
         entries = None

@@ -117,7 +117,7 @@ class MoEInference(nnx.Module):
         keep = get_present or get_key_value or use_cache
         length = check_past(self.config, batch, layer_past, new)
         mask = input_mask if attention_mask is None else attention_mask
-        bias = mask_bias(mask, batch, new, length + new, self.config.invert_mask)
+        bias = mask_bias(mask, (batch, self.config.heads, new, length + new), self.config.invert_mask)
         h, entries = x.astype(jnp.dtype(self.config.working_dtype)), None
         if layer_past is not None or keep:
             entries = room(layer_past or empty_past(self.config, batch), length, new, h.dtype)

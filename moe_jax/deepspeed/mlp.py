@@ -27,7 +27,8 @@ def mlp_function(
     """DeepSpeed's fused MLP: `activation(x @ inter_w + inter_b) @ output_w + output_b`.
 
     Kernels are `[in, out]`, upstream's order; of a gated activation `inter_w [D, 2F]` holds `up`, then `gate`.
-    `inference`: a gradient raises `RuntimeError`, as upstream's does; False makes it differentiable.
+    `inference`: a gradient raises `RuntimeError`, as upstream's does; False makes it differentiable. Raises
+    `ValueError` for shapes that do not fit each other.
 
     >>> import jax.numpy as jnp
     >>> mlp_function(jnp.ones((1, 2)), jnp.eye(2), jnp.zeros(2), 2 * jnp.eye(2), jnp.ones(2), "relu").tolist()
@@ -35,13 +36,13 @@ def mlp_function(
     """
     activation = Activation(activation) if isinstance(activation, str) else activation
     x, inter_w, inter_b, output_w, output_b = (jnp.asarray(a) for a in (x, inter_w, inter_b, output_w, output_b))
-    hidden, width = output_w.shape
+    shapes = [a.shape for a in (inter_w, inter_b, output_w, output_b)]
+    hidden, width = output_w.shape if output_w.ndim == 2 else (-1, -1)
     columns = 2 * hidden if activation.gated else hidden
-    if inter_w.shape != (width, columns) or inter_b.shape != (columns,) or output_b.shape != (width,):
-        shapes = [a.shape for a in (inter_w, inter_b, output_w, output_b)]
+    if shapes != [(width, columns), (columns,), (hidden, width), (width,)]:
         raise ValueError(f"inter_w, inter_b, output_w, output_b: shapes {shapes} do not fit {activation.name!r}")
-    if x.shape[-1] != width:
-        raise ValueError(f"x: shape {x.shape}, expected [..., {width}]")
+    if x.ndim == 0 or x.shape[-1] != width or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x: {x.dtype} {x.shape}, expected floats [..., {width}]")
     run = _no_backward if inference else _mlp
     return run(activation, x, inter_w, inter_b, output_w, output_b)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Activation
@@ -108,29 +109,12 @@ def layer_weights(config: MoEInferenceConfig, block: BlockConfig, given: Mapping
     """Upstream's `state_dict` of a layer as our parameters `{dotted name: [1, ...]}`.
 
     `given`: arrays under upstream's names, kernels `[in, out]`. Raises `ValueError` that names what is missing,
-    unknown or misshapen. Norm weights that upstream's MLPs carry without using them are left out.
+    unknown, misshapen or not of floats. Norm weights that upstream's MLPs carry without using them are left out.
     """
-    found = {name: np.asarray(value) for name, value in given.items()}
-    whole = sorted(name for name, value in found.items() if value.dtype.kind in "biu")
-    if whole:
-        raise ValueError(f"weights: integers in {whole}; pass floats, and q_int8 in the config for int8 weights")
-    ours = _translate(config, found)
-    table = layer_parameters(block, layer_config(config, 0))
-    for name, parameter in table.items():
-        if ours[name].shape != parameter.shape[1:]:
-            raise ValueError(f"{name}: shape {ours[name].shape}, expected {parameter.shape[1:]}")
-    return {name: ours[name][None] for name in table}
-
-
-_UNUSED = re.compile(r"(mlp\.\d+|res_mlp)\.attn_n[wb]")
-
-
-def _translate(config, given):
-    given = {name: value for name, value in given.items() if not _UNUSED.fullmatch(name)}
-    wanted = _names(config)
-    missing, unknown = sorted(wanted - set(given)), sorted(set(given) - wanted)
-    if missing or unknown:
-        raise ValueError(f"weights: missing {missing}, unknown {unknown} for {config.num_experts} experts")
+    given = {name: w for name, w in given.items() if not _UNUSED.fullmatch(name)}
+    if config.norm_type == NormType.RMSNorm:  # which has no biases, though upstream's layer holds some
+        given = {n: w for n, w in given.items() if n not in ("norm_b", "attn_nb") or np.asarray(w).any()}
+    given = _checked(_shapes(config), given)
     ours = {
         "attention_norm.scale": given["norm_w"],
         "mlp_norm.scale": given["attn_nw"],
@@ -138,39 +122,62 @@ def _translate(config, given):
     }
     if config.norm_type == NormType.LayerNorm:
         ours |= {"attention_norm.bias": given["norm_b"], "mlp_norm.bias": given["attn_nb"]}
-    fused = {name: given[f"attention.{name}"] for name in ("attn_qkvw", "attn_qkvb", "attn_ow", "attn_ob")}
-    ours |= attention_weights(config, fused)
+    ours |= attention_weights(config, {name: given[f"attention.{name}"] for name in _attention_shapes(config)})
     experts = [_mlp(config, given, f"mlp.{e}.") for e in range(config.num_experts)]
     ours |= {f"moe.{name}": np.stack([expert[name] for expert in experts]) for name in experts[0]}
     if config.mlp_type == "residual":
         ours |= {f"shared.{name}": value for name, value in _mlp(config, given, "res_mlp.").items()}
         ours["shared.mix"] = given["res_coef"].T
-    return ours
+    return {name: ours[name][None] for name in layer_parameters(block, layer_config(config, 0))}
 
 
-def _names(config) -> set[str]:
-    mlp = ("inter_w", "inter_b", "output_w", "output_b")
-    names = {f"attention.attn_{name}" for name in ("qkvw", "qkvb", "ow", "ob")}
-    names |= {"norm_w", "attn_nw", "moe_gate.wg.weight"}
-    names |= {"norm_b", "attn_nb"} if config.norm_type == NormType.LayerNorm else set()
-    names |= {f"mlp.{e}.{name}" for e in range(config.num_experts) for name in mlp}
-    if config.mlp_type == "residual":
-        names |= {"res_coef"} | {f"res_mlp.{name}" for name in mlp}
-    return names
+_UNUSED = re.compile(r"(mlp\.\d+|res_mlp)\.attn_n[wb]")
 
 
-def attention_weights(config: MoEInferenceConfig, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Upstream's fused attention weights `attn_qkvw`, `attn_qkvb`, `attn_ow`, `attn_ob` as our parameters."""
-    heads, size, width = config.heads, config.head_dim, config.hidden_size
-    rows = (heads + 2 * config.kv_heads) * size
-    shapes = {"attn_qkvw": (width, rows), "attn_qkvb": (rows,), "attn_ow": (heads * size, width), "attn_ob": (width,)}
+def _checked(shapes, given) -> dict[str, np.ndarray]:
+    """`given` as arrays, if it has exactly the names and `shapes` wanted, all of floats."""
     found = {name: np.asarray(value) for name, value in given.items()}
-    if set(found) != set(shapes):
-        raise ValueError(f"weights: {sorted(found)}, expected {sorted(shapes)}")
+    missing, unknown = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
+    if missing or unknown:
+        raise ValueError(f"weights: missing {missing}, unknown {unknown}")
     for name, shape in shapes.items():
         if found[name].shape != shape:
             raise ValueError(f"{name}: shape {found[name].shape}, expected {shape}")
-    ours = {"attention.o": found["attn_ow"].T.reshape(width, heads, size), "attention.o_bias": found["attn_ob"]}
+    others = sorted(name for name, value in found.items() if not jnp.issubdtype(value.dtype, jnp.floating))
+    if others:
+        raise ValueError(f"weights: no floats in {others}; pass floats, and q_int8 in the config for int8 weights")
+    return found
+
+
+def _shapes(config) -> dict[str, tuple[int, ...]]:
+    width, hidden, experts = config.hidden_size, config.intermediate_size, config.num_experts
+    columns = 2 * hidden if Activation(config.activation).gated else hidden
+    mlp = {"inter_w": (width, columns), "inter_b": (columns,), "output_w": (hidden, width), "output_b": (width,)}
+    shapes = {f"attention.{name}": shape for name, shape in _attention_shapes(config).items()}
+    shapes |= {"norm_w": (width,), "attn_nw": (width,), "moe_gate.wg.weight": (experts, width)}
+    if config.norm_type == NormType.LayerNorm:
+        shapes |= {"norm_b": (width,), "attn_nb": (width,)}
+    prefixes = [f"mlp.{e}." for e in range(experts)]
+    if config.mlp_type == "residual":
+        prefixes.append("res_mlp.")
+        shapes["res_coef"] = (width, 2)
+    return shapes | {prefix + name: shape for prefix in prefixes for name, shape in mlp.items()}
+
+
+def _attention_shapes(config) -> dict[str, tuple[int, ...]]:
+    width, rows = config.hidden_size, (config.heads + 2 * config.kv_heads) * config.head_dim
+    inner = config.heads * config.head_dim
+    return {"attn_qkvw": (width, rows), "attn_qkvb": (rows,), "attn_ow": (inner, width), "attn_ob": (width,)}
+
+
+def attention_weights(config: MoEInferenceConfig, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Upstream's fused attention weights `attn_qkvw`, `attn_qkvb`, `attn_ow`, `attn_ob` as our parameters.
+
+    Raises `ValueError` as `layer_weights`.
+    """
+    found = _checked(_attention_shapes(config), given)
+    output = found["attn_ow"].T.reshape(config.hidden_size, config.heads, config.head_dim)
+    ours = {"attention.o": output, "attention.o_bias": found["attn_ob"]}
     for fused, suffix in (("attn_qkvw", ""), ("attn_qkvb", "_bias")):
         parts = _split_qkv(config, found[fused].T)
         ours |= {f"attention.{name}{suffix}": part for name, part in zip("qkv", parts, strict=True)}
@@ -195,8 +202,6 @@ def _mlp(config, given, prefix):
     if not Activation(config.activation).gated:
         return kernels | biases
     hidden = config.intermediate_size
-    if len(kernels["up"]) != 2 * hidden or len(biases["up_bias"]) != 2 * hidden:
-        raise ValueError(f"{prefix}inter_w: {len(kernels['up'])} columns, expected 2 * {hidden} for a gated activation")
     halves = {"gate": kernels["up"][hidden:], "gate_bias": biases["up_bias"][hidden:]}
     halves |= {"up": kernels["up"][:hidden], "up_bias": biases["up_bias"][:hidden]}
     return kernels | biases | halves

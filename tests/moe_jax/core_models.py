@@ -36,6 +36,11 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+def one_in(step: int, cases) -> list:
+    """Parameters of a test: every `step`-th case is quick, the others are marked slow (CI runs them too)."""
+    return [pytest.param(case, marks=() if i % step == 0 else pytest.mark.slow) for i, case in enumerate(cases)]
+
+
 def tensors_of(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file."""
     file = TensorFile(path)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import GOLDEN
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import moe_jax
@@ -102,6 +103,15 @@ def test_errors_are_one_line(arguments, message, folder, capsys):
     assert main([str(folder) if a == "FOLDER" else a for a in arguments]) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith(f"moe-jax {arguments[0]}: ") and message in err
+
+
+def test_convert_reads_deepspeed_checkpoints(tmp_path, capsys):
+    checkpoint, out = GOLDEN / "deepspeed" / "checkpoint_standard", str(tmp_path / "out")
+    arguments = ["convert", "--model", str(checkpoint), "--deepspeed", str(checkpoint / "config.json"), "--output", out]
+    assert main([*arguments, "--quantize", "int8", "--group-size", "8"]) == 0
+    assert main(["info", out]) == 0
+    shown = capsys.readouterr().out
+    assert "deepspeed_moe" in shown and "I8" in shown
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "score", "info", "convert", "bench"])

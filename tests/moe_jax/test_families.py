@@ -80,7 +80,7 @@ def test_every_number_is_honoured_or_refused_or_listed(name):
             elif found and not found & {"changed", "refused"}:
                 without_effect.add(".".join(place))
     assert without_effect == set(NO_EFFECT.get(name, "").split())
-    assert tried > 12
+    assert tried >= 12
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_list_of_families():
     assert family_of("kimi_k2") is family_of("deepseek_v3") is not family_of("deepseek_v2")
     folder = Path(__file__).parents[2] / "moe_jax" / "families"
     beside = {"__init__", "common", "family", "hub", "tensors"}
-    assert len({p.stem for p in folder.glob("*.py")} - beside) == 14
+    assert len({p.stem for p in folder.glob("*.py")} - beside) == 15
 
 
 def test_reader_of_hub_keys():

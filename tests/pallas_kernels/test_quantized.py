@@ -132,7 +132,7 @@ MAKE = {
 
 @pytest.mark.parametrize("implementation", ["xla_tiles", "xla_ragged"])
 @pytest.mark.parametrize("make", MAKE)
-@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("tokens", [1, pytest.param(7, marks=pytest.mark.slow), 40])
 def test_against_float64(make, tokens, implementation):
     """The same bounds as for the float32 kernels that the int8 ones stand for."""
     experts = make_experts(5, 24, 40, layers=(2,), layout="out_in", biases=True)
@@ -153,7 +153,7 @@ def test_through_slots_and_plainly(make):
     np.testing.assert_allclose(reference.routed_mlp(x, ids, weights, experts, None, 0), want, atol=5e-6)
 
 
-@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("make", ["blocks", "runs"])
 def test_gradients_reach_what_is_float(make):
     """Tokens, routing weights and biases get the gradients of the widened kernels."""
     x, ids, weights = make_tokens(13, 24, 5, 2)
