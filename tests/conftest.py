@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -19,6 +20,19 @@ from jaxtyping import install_import_hook  # noqa: E402
 # The modules whose functions take arrays; beside them, wrong values are the tests' own business.
 _ARRAYS = "attention block cache decoder generation linear model moe norm rope sampling".split()
 _HOOK = install_import_hook(["pallas_kernels", *(f"moe_jax.{name}" for name in _ARRAYS)], "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Drops compiled programs before the process runs out of memory mappings, of which each takes several."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MAPPINGS:
+        jax.clear_caches()
+
+
+#: Linux allows 65530.
+_MAPPINGS = 20000
 
 
 def golden_cases() -> list[str]:

@@ -41,8 +41,10 @@ _CHECKPOINT = (
     "heads num_hidden_layers vocab_size max_positions expert_interval layer_norm_eps checkpoint_version qkv_rows "
     "tie_word_embeddings position_embedding_type rotary_dim rotate_half rope_theta"
 ).split()
-#: Remarks on how a checkpoint came about.
-_REMARKS = {"name", "tag", "seed", "output", "gating", "training", "used_token"}
+#: Remarks in the description of a stored case: how it came about, and what was measured.
+_REMARKS = set(
+    "name tag seed output gating training used_token tokens_kept tokens_wanted max_abs_diff_float32_vs_float64".split()
+)
 _ROWS = {
     "[(q, k, v), head, head_dim]": 0.0,
     "[head, head_dim, (q, k, v)]": 1.0,
@@ -72,7 +74,7 @@ def read_settings(config: MoEInferenceConfig | Mapping[str, Any] | str | os.Path
     known = {*_GATE, *_SIZES, *_CHECKPOINT, "gelu", "mlp_type"}
     for key, value in values.items():
         name = _OURS.get(key, key)
-        if name in _REMARKS or value is None or key.endswith(_MEASURED):
+        if name in _REMARKS or value is None:
             continue
         if name not in known:
             raise ValueError(f"config: key {key!r} is not known; known are {', '.join(sorted(known | set(_OURS)))}")
@@ -91,8 +93,6 @@ def read_settings(config: MoEInferenceConfig | Mapping[str, Any] | str | os.Path
 
 
 _GELU = {"tanh": "gelu_tanh", "erf": "gelu", "relu": "relu"}
-#: Endings of keys that hold measurements.
-_MEASURED = ("_kept", "_wanted", "_used", "_float64")
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -142,7 +142,9 @@ def hub_config(settings: Settings, files: DeepSpeedFiles) -> dict[str, Any]:
     if kind is None or (kind == "learned") != learned:
         there = "there are" if learned else "there are no"
         raise ValueError(f"position_embedding_type: {kind!r}, but {there} learned positions in {files.folder}")
+    tied = "lm_head.weight" not in files.tensors
     facts = {
+        "tie_word_embeddings": (tied, rest),
         "hidden_size": (files.hidden_size, given),
         "intermediate_size": (files.intermediate_size, given),
         "use_residual": (files.residual, given),
@@ -169,7 +171,7 @@ def hub_config(settings: Settings, files: DeepSpeedFiles) -> dict[str, Any]:
         "num_experts": counts,
         "mlp_type": "residual" if files.residual else "standard",
         "position_embedding_type": kind,
-        "tie_word_embeddings": "lm_head.weight" not in files.tensors,
+        "tie_word_embeddings": tied,
     }
     hub |= {theirs: settings.gate[ours] for ours, theirs in gate.items() if ours in settings.gate}
     return hub | {n: rest[n] for n in ("rotary_dim", "rotate_half", "rope_theta") if n in rest}

@@ -77,7 +77,8 @@ class MoEMLP(nnx.Module):
     """The experts of a layer, stacked: upstream's `DeepSpeedMoEMLP` and its list of them.
 
     Args: `config`: sizes, activation and dtype; `num_experts`: `config.num_experts` if None; `rngs`: where initial
-    weights come from (normal with standard deviation `1/sqrt(fan-in)`, biases 0). Kernels are `[E, in, out]`.
+    weights come from (normal with standard deviation `1/sqrt(fan-in)`, biases 0). Kernels are `[E, in, out]`. Raises
+    `ValueError` for `q_int8`.
 
     >>> from moe_jax import MoEInferenceConfig
     >>> experts = MoEMLP(MoEInferenceConfig(hidden_size=8, heads=2, moe_experts=4), rngs=nnx.Rngs(0))
@@ -86,6 +87,8 @@ class MoEMLP(nnx.Module):
     """
 
     def __init__(self, config: MoEInferenceConfig, num_experts: int | None = None, *, rngs: nnx.Rngs):
+        if config.q_int8:
+            raise ValueError("q_int8: MoEMLP holds floats to train; MoEInference keeps its experts in int8")
         count = config.num_experts if num_experts is None else num_experts
         width, hidden, dtype = config.hidden_size, config.intermediate_size, jnp.dtype(config.working_dtype)
         self.activation = Activation(config.activation)

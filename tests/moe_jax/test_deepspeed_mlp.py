@@ -136,6 +136,8 @@ def test_the_stack_of_experts_is_trainable_and_checks_its_input():
     x = np.ones((2, 3, 4), np.float32)
     gradients = nnx.grad(lambda experts: experts(x).astype(jnp.float32).sum())(experts)
     assert all(jnp.any(g[...] != 0) for g in (gradients.inter_w, gradients.output_w, gradients.output_b))
+    with pytest.raises(ValueError, match="q_int8"):
+        MoEMLP(MoEInferenceConfig(hidden_size=4, heads=2, q_int8=True), rngs=nnx.Rngs(0))
     for shape in ((3, 3, 4), (2, 3, 5), (2,)):
         with pytest.raises(ValueError, match=r"expected \[2, ..., 4\]"):
             experts(np.ones(shape, np.float32))

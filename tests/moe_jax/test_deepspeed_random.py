@@ -3,15 +3,17 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
 from core_models import quick_compile  # noqa: F401
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "random_deepspeed_configs.py"
 
 
-def test_random_configs_are_refused_by_name_or_run():
+@pytest.mark.parametrize(("count", "run"), [(30, 12), pytest.param(240, 100, marks=pytest.mark.slow)])
+def test_random_configs_are_refused_by_name_or_run(count, run):
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    outcomes, defects = script.search(count=240, run=100, seed=1)
+    outcomes, defects = script.search(count, run, seed=1)
     assert not defects
-    assert outcomes["ran"] == 100 and outcomes["refused"] > 60
+    assert outcomes["ran"] == run and outcomes["refused"] > count // 4

@@ -23,9 +23,9 @@ NAME = operator.itemgetter("name")
 
 
 def stored(kind):
-    """All cases; three of four are slow: each compiles a program of its own."""
+    """All cases; seven of eight are slow: each compiles a program of its own."""
     cases = json.loads((FOLDER / f"gating_{kind}.json").read_text())
-    return one_in(4, cases)
+    return one_in(8, cases)
 
 
 @pytest.fixture(scope="module")
