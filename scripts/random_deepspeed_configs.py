@@ -70,7 +70,7 @@ USUAL: dict[str, list[Any]] = {
     "use_triton": [False, True],
 }
 #: Values that hardly any key takes.
-ODD: list[Any] = [None, -1, 0, 3, 7, 10**9, -2.5, math.nan, math.inf, "", "GroupNorm", "fast", True, [1], {}, b"x"]
+ODD: list[Any] = [None, -1, 0, 3, 7, 10**6, -2.5, math.nan, math.inf, "", "GroupNorm", "fast", True, [1], {}, b"x"]
 TOKENS, BATCH = 5, 2
 
 

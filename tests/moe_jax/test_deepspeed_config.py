@@ -73,8 +73,8 @@ UPSTREAM = {
 #: `dtype` is float16 in DeepSpeedInferenceConfig and no key of DeepSpeedMoEInferenceConfig, whose fp16 is False.
 OURS = {
     "dtype": None,
-    "drop_policy": "probs",
-    "gelu": "tanh",
+    "drop_policy": "probs_upstream",
+    "gelu": None,
     "quantize_groups": 1,
     "mlp_extra_grouping": False,
     "merge_count": 1,

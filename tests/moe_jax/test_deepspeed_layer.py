@@ -103,7 +103,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", one_in(2, OPTIONS))
+@pytest.mark.parametrize("name", one_in(3, OPTIONS))
 def test_an_independent_layer_in_float64(name):
     options = SMALL | OPTIONS[name]
     call = {key: options.pop(key) for key in ("mask", "data_flow", "layer_index") if key in options}
