@@ -7,6 +7,14 @@ from pathlib import Path
 import jax
 import pytest
 
+# Machine code without LLVM's optimisations and, where XLA still has them, by the older emitters: compiling is most of
+# the tests' time, and takes a half to a third of it. MOE_JAX_TESTS_OPTIMIZED=1 compiles as users do, which CI does for
+# the slow tests.
+if not os.environ.get("MOE_JAX_TESTS_OPTIMIZED"):
+    jax.config.update("jax_disable_most_optimizations", True)
+    if jax.__version_info__ < (0, 11):  # XLA ends the process if it does not know a flag
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")

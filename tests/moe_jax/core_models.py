@@ -1,9 +1,8 @@
-"""What the tests of the core share: golden checkpoints loaded once, and programs that compile faster."""
+"""What the tests of the core share: golden checkpoints loaded once, and which cases are quick."""
 
 import functools
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN
@@ -28,17 +27,15 @@ def golden_arrays(case: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile():
-    """Machine code without LLVM's optimisations, in the modules that import this: compiling is most of their time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def one_in(step: int, cases) -> list:
     """Parameters of a test: every `step`-th case is quick, the others are marked slow (CI runs them too)."""
     return [pytest.param(case, marks=() if i % step == 0 else pytest.mark.slow) for i, case in enumerate(cases)]
+
+
+def only(quick, cases) -> list:
+    """Parameters of a test: the cases named in `quick` are quick, the others slow."""
+    assert set(quick) <= set(cases)
+    return [pytest.param(case, marks=() if case in quick else pytest.mark.slow) for case in cases]
 
 
 def tensors_of(path: Path) -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import quick_compile  # noqa: F401
 
 from moe_jax.attention import Span, Varying, attend, project
 from moe_jax.block_config import AttentionConfig, LatentConfig, RopeConfig

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from core_models import quick_compile  # noqa: F401
 from test_config_values import build
 
 from moe_jax import Model, decoder, generation

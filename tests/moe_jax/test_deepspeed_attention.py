@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import quick_compile  # noqa: F401
 from deepspeed_oracle import attention as oracle_attention
 from deepspeed_oracle import random_weights
 from flax import nnx

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from core_models import one_in, quick_compile  # noqa: F401
+from core_models import one_in
 from deepspeed_oracle import layer as oracle_layer
 from deepspeed_oracle import random_weights, shapes
 from flax import nnx
@@ -126,7 +126,7 @@ CACHED = {
 }
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", one_in(2, CACHED))
 def test_token_by_token_equals_one_pass(name):
     layer, x = small_layer(**CACHED[name]), numbers(2, 7, 16)
     whole, cache = layer(x, get_present=True)

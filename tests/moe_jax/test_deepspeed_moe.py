@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
-from core_models import one_in, quick_compile  # noqa: F401
+from core_models import one_in
 from deepspeed_oracle import moe as oracle_moe
 from flax import nnx
 
@@ -75,17 +75,18 @@ def test_every_golden_case_is_compared():
     assert {case["k"] for case in CASES.values()} == {1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(k=1, eval_capacity_factor=0.7),
-        dict(k=2, eval_capacity_factor=0.7, gelu="erf"),
-        dict(k=2, drop_tokens=False),
-        *(dict(k=3, eval_capacity_factor=0.6, drop_policy=policy) for policy in ("gate", "position", "probs_upstream")),
-    ],
-)
-def test_an_independent_layer_in_float64(options, residual):
+OPTIONS = [
+    dict(k=1, eval_capacity_factor=0.7),
+    dict(k=2, eval_capacity_factor=0.7, gelu="erf"),
+    dict(k=2, drop_tokens=False),
+    *(dict(k=3, eval_capacity_factor=0.6, drop_policy=policy) for policy in ("gate", "position", "probs_upstream")),
+]
+
+
+# each with and without an MLP beside the experts; quick: now one, now the other
+@pytest.mark.parametrize("number", one_in(2, [*range(6), *range(11, 5, -1)]))
+def test_an_independent_layer_in_float64(number):
+    options, residual = OPTIONS[number % 6], number >= 6
     x = numbers(2, 6, 8, seed=40)
     y, l_aux, counts = run(built(residual, **options), x)
     want, aux, choices = oracle_moe(dict(min_capacity=1) | options, state_dict(residual), x)
@@ -138,7 +139,7 @@ NOISY = {
 }
 
 
-@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.parametrize("name", one_in(3, NOISY))
 def test_training_samples_by_a_key(name):
     options, other_counts = NOISY[name]
     layer, x = built(True, **(dict(use_rts=False) | options)), numbers(4, 6, 8, seed=9)
@@ -162,7 +163,7 @@ def test_training_has_its_own_capacity():
         close(run(layer, x, None, train)[0], want)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", one_in(2, [1, 2, 3]))
 def test_gradients_reach_the_gate_the_experts_and_the_mlp(k):
     gate = dict(k=k, use_rts=False, top2_2nd_expert_sampling=False, drop_policy="position")
     definition, state = nnx.split(MoE(8, 12, num_experts=4, use_residual=True, **gate, rngs=nnx.Rngs(1)))

@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from core_models import quick_compile  # noqa: F401
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "random_deepspeed_configs.py"
 

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from core_models import quick_compile  # noqa: F401
 from gate_oracle import densify
 from hypothesis import given, settings
 from hypothesis import strategies as st

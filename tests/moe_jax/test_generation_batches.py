@@ -10,7 +10,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-from core_models import golden_arrays, golden_model, quick_compile  # noqa: F401
+from core_models import golden_arrays, golden_model
 
 import moe_jax
 from moe_jax import Model, generate, generation, stream

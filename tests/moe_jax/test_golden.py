@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 from compare import check
 from conftest import golden_cases
-from core_models import folder, golden_arrays, golden_model, quick_compile  # noqa: F401
+from core_models import folder, golden_arrays, golden_model, only
 
 import moe_jax
 from moe_jax import generation
 
-CASES = golden_cases()
+#: Quick: one of each family, and those that share its programs.
+QUICK = """deepseek_v2 deepseek_v3 dots1 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe_tied hunyuan_v1_moe llama4
+llama4_text llama_linear minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe""".split()
+CASES = only(QUICK, golden_cases())
 WAYS = ("full", "right", "left")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def runs(quick_compile):  # noqa: F811
-    """A future per case: two threads compile ahead of the tests. The steps of generation report their logits."""
+@pytest.fixture(scope="module")
+def runs(request):
+    """A future per case that a test asks for: two threads compile ahead. Generation reports its steps' logits."""
     sample, steps = generation.sample, {}
     tracing = contextvars.ContextVar("architecture")
 
@@ -38,9 +41,11 @@ def runs(quick_compile):  # noqa: F811
             except BaseException as error:
                 futures[case].set_exception(error)
 
-    futures = {case: concurrent.futures.Future() for case in CASES}
+    mine = [item for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    asked = {item.callspec.params["case"] for item in mine if hasattr(item, "callspec")}
+    futures = {case: concurrent.futures.Future() for case in golden_cases() if case in asked}
     groups = {}
-    for case in CASES:
+    for case in futures:
         groups.setdefault(golden_model(case).architecture, []).append(case)
     _forget()
     with pytest.MonkeyPatch.context() as patch, concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -126,7 +131,11 @@ def test_in_bfloat16(case):
 
 def test_compiled_as_users_compile_it(runs):
     concurrent.futures.wait(runs.values())
+    quick = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
-    model = moe_jax.load_pretrained(folder("deepseek_v3"), implementation="xla_tiles")  # the default, compiled anew
-    record = model(golden_arrays("deepseek_v3")["input_ids"], return_record=True)
+    try:
+        model = moe_jax.load_pretrained(folder("deepseek_v3"), implementation="xla_tiles")  # the default, compiled anew
+        record = model(golden_arrays("deepseek_v3")["input_ids"], return_record=True)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", quick)
     assert _complaints("deepseek_v3", {"full": record}) == []

@@ -24,6 +24,12 @@ def dense(layer, x, ids, gates):
     return y
 
 
+@nnx.jit
+def run(layer, x, mask=None):
+    """The layer as one compiled program; called as it is it compiles dozens of small ones."""
+    return layer(x, mask)
+
+
 @pytest.fixture(scope="module")
 def layer():
     return MoE(12, 20, num_experts=5, top_k=2, rngs=nnx.Rngs(0))
@@ -48,8 +54,8 @@ def test_values(layer, x):
 
 def test_mask(layer, x):
     mask = jnp.arange(7) < jnp.array([[7], [4]])
-    y, routing = layer(x, mask)
-    full, _ = layer(x)
+    y, routing = run(layer, x, mask)
+    full, _ = run(layer, x)
     np.testing.assert_array_equal(y[mask], full[mask])
     assert not np.asarray(y[~mask]).any()
     assert int(routing.counts.sum()) == 2 * 11
@@ -57,7 +63,7 @@ def test_mask(layer, x):
 
 def test_capacity_drops_what_routing_says(x):
     layer = MoE(12, 20, num_experts=5, top_k=2, capacity_factor=0.5, rngs=nnx.Rngs(0))
-    y, routing = layer(x)
+    y, routing = run(layer, x)
     assert routing.capacity == 3 and not routing.keep.all()
     assert (np.bincount(np.asarray(routing.ids)[np.asarray(routing.keep)], minlength=5) <= 3).all()
     kept = np.where(np.asarray(routing.keep), np.asarray(routing.ids), -1)
@@ -66,7 +72,7 @@ def test_capacity_drops_what_routing_says(x):
 
 def test_wide_capacity_equals_dropless(layer, x):
     roomy = MoE(12, 20, num_experts=5, top_k=2, capacity_factor=5.0, rngs=nnx.Rngs(0))
-    np.testing.assert_allclose(roomy(x)[0], layer(x)[0], atol=1e-6)
+    np.testing.assert_allclose(run(roomy, x)[0], run(layer, x)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
@@ -76,11 +82,12 @@ def test_gradients_against_finite_differences(capacity_factor):
         x = jax.random.normal(jax.random.key(4), (5, 4), jnp.float64)
         graph, state = nnx.split(layer)
 
+        @jax.jit
         def loss(state, x):
             y, routing = nnx.merge(graph, state)(x)
             return (jnp.sin(y)).sum() + 0.1 * routing.aux_loss + 0.01 * routing.z_loss
 
-        grads, d_x = jax.grad(loss, argnums=(0, 1))(state, x)
+        grads, d_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
         rng = np.random.default_rng(0)
         step = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), (state, x))
         # float32 inside (router, accumulation) bounds the agreement of the difference quotient
@@ -132,7 +139,7 @@ def test_in_linen(x):
 @pytest.mark.parametrize("gate", [{"score": "sigmoid", "selection_bias": True}, {"scale_input": True}, {"groups": 1}])
 def test_gate_options_and_shared(gate, x):
     layer = MoE(12, 20, num_experts=6, top_k=3, shared_hidden=8, bias=True, rngs=nnx.Rngs(0), **gate)
-    y, routing = layer(x)
+    y, routing = run(layer, x)
     assert y.shape == x.shape and routing.ids.shape == (14, 3)
 
 
@@ -152,9 +159,9 @@ def test_bad_values(layer):
 @pytest.mark.parametrize("shared", [0, 8])
 def test_narrow_tokens_are_promoted(shared):
     layer = MoE(16, 32, num_experts=4, top_k=2, shared_hidden=shared, rngs=nnx.Rngs(0))
-    assert layer(jnp.ones((3, 16), jnp.bfloat16))[0].dtype == jnp.float32
+    assert run(layer, jnp.ones((3, 16), jnp.bfloat16))[0].dtype == jnp.float32
     narrow = MoE(16, 32, num_experts=4, top_k=2, shared_hidden=shared, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    assert narrow(jnp.ones((3, 16), jnp.bfloat16))[0].dtype == jnp.bfloat16
+    assert run(narrow, jnp.ones((3, 16), jnp.bfloat16))[0].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

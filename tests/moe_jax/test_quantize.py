@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from core_models import golden_arrays, golden_model, quick_compile, tensors_of  # noqa: F401
+from core_models import golden_arrays, golden_model, only, tensors_of
 
 import moe_jax
 from moe_jax.cli import main
@@ -50,10 +50,7 @@ def equal(one, other):
             np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
 
 
-QUICK = ("mixtral", "deepseek_v3")
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
+@pytest.mark.parametrize("case", only(["mixtral", "deepseek_v3"], CASES))
 def test_logits_are_those_of_the_widened_weights(case):
     model, wide = pair(case)
     arrays = golden_arrays(case)
@@ -64,7 +61,10 @@ def test_logits_are_those_of_the_widened_weights(case):
     assert np.abs(got - float_logits).max() > 1e-4  # int8 it is
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = only(["mixtral", "deepseek_v3", "gpt_oss"], CASES)
+
+
+@pytest.mark.parametrize("case", QUICK)
 def test_every_kernel_and_nothing_else_is_int8(case):
     flat = flattened(pair(case)[0].arrays())
     before = flattened(golden_model(case).arrays())
@@ -94,7 +94,7 @@ def test_generation_and_records():
     assert record.hidden_states.dtype == np.float32 and len(record.expert_ids) == len(model.architecture.moe_layers)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK)
 def test_load_of_save_is_exact(case, tmp_path):
     model = pair(case)[0]
     moe_jax.save_pretrained(model, tmp_path, max_shard_bytes=60_000)
