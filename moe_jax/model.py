@@ -121,7 +121,7 @@ def named_implementation(given: str | Mapping[str, str] | None) -> str | None:
         if unknown:
             raise ValueError(f"implementation: unknown operations {', '.join(unknown)}; there is: routed_mlp")
         given = given.get("routed_mlp")
-    OPERATION.choose(given)  # refuses an unknown name
+    OPERATION.check(given)  # refuses an unknown name
     return given
 
 

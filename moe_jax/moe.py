@@ -66,7 +66,7 @@ class MoE(nnx.Module):
             raise ValueError("rule: DeepSpeed's gates run in moe_jax.deepspeed.MoE")
         if capacity_factor is not None and self.config.scale_input:
             raise ValueError("capacity_factor: not supported with scale_input")
-        OPERATION.choose(implementation)  # refuses an unknown name
+        OPERATION.check(implementation)  # refuses an unknown name
         self.capacity_factor, self.implementation = capacity_factor, implementation
 
         def normal(*shape):

@@ -9,7 +9,7 @@ from .expert_mlp import capacity_mlp, moe_block, prepare, routed_mlp
 from .experts import Experts
 from .plan import Plan, make_plan
 from .quantized import QuantizedArray
-from .routing import route
+from .routing import route, route_tokens
 
 __all__ = [
     "ACTIVATIONS",
@@ -22,5 +22,6 @@ __all__ = [
     "moe_block",
     "prepare",
     "route",
+    "route_tokens",
     "routed_mlp",
 ]

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 _POINTWISE = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
+    "silu": lambda x, erf: jax.nn.silu(x),
+    "gelu": lambda x, erf: 0.5 * x * (1 + erf(x * 0.5**0.5)),
+    "gelu_tanh": lambda x, erf: jax.nn.gelu(x, approximate=True),
+    "relu": lambda x, erf: jnp.where(x <= 0, 0, x),  # keeps NaN; jax.nn's is a custom_jvp, which kernels cannot hold
 }
 _GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
 _CLAMPED = "swiglu_clamped"
@@ -41,15 +41,18 @@ class Activation:
         """Whether the expert has a gate projection beside the up projection."""
         return self.name in _GATED or self.name == _CLAMPED
 
-    def __call__(self, gate: jax.Array | None, up: jax.Array) -> jax.Array:
-        """The hidden activation from `gate` (None where `gated` is false) and `up`, in their dtype."""
+    def __call__(self, gate: jax.Array | None, up: jax.Array, erf=jax.lax.erf) -> jax.Array:
+        """The hidden activation from `gate` (None where `gated` is false) and `up`, in their dtype.
+
+        `erf`: the error function of `gelu` and `geglu`, for kernels that have to bring their own.
+        """
         if self.name == _CLAMPED:
             gate = jnp.minimum(gate, self.limit)
             up = jnp.clip(up, -self.limit, self.limit)
             return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
         if self.gated:
-            return _POINTWISE[_GATED[self.name]](gate) * up
-        return _POINTWISE[self.name](up)
+            return _POINTWISE[_GATED[self.name]](gate, erf) * up
+        return _POINTWISE[self.name](up, erf)
 
 
 ACTIVATIONS = (*_POINTWISE, *_GATED, _CLAMPED)

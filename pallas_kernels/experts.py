@@ -82,6 +82,11 @@ class Experts:
         return self.up.shape[-2 if self.layout == "in_out" else -1]
 
     @property
+    def hidden(self) -> int:
+        """Hidden width, `F`."""
+        return self.up.shape[-1 if self.layout == "in_out" else -2]
+
+    @property
     def stacked(self) -> bool:
         """Whether the weights carry a leading layer axis."""
         return self.up.ndim == 4

@@ -19,7 +19,8 @@ class Row:
 
     `case`: what is timed, `implementation`: whose; `roofline`: share of the floor from this run's ceilings;
     `baseline`: which row `speedup` (baseline's time over this one's, paired) compares with; `bar`: the speedup asked
-    for; `values`: further figures by name with unit, such as `tokens/s`; `note`: what a reader must know.
+    for; `values`: further figures by name with unit, such as `tokens/s`; `note`: what a reader must know; `model` and
+    `tokens`: the place in a grid of models and numbers of tokens, where there is one.
     """
 
     case: str
@@ -35,6 +36,8 @@ class Row:
     bar: float | None = None
     values: dict[str, float] = dataclasses.field(default_factory=dict)
     note: str = ""
+    model: str = ""
+    tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +91,24 @@ def markdown(report: Report) -> str:
     >>> print(markdown(report).splitlines()[-1])
     | block | ours | cpu | float32 | G=1 | - | 12.3 | - | - | - | - | - | - |
     """
-    ceilings = report.ceilings
     lines = [
-        "Machine: " + ", ".join(f"{name} {value}" for name, value in report.machine.items()) + ".",
-        f"Ceilings in this run: copy {ceilings.copy:.1f} GB/s, read {ceilings.read:.1f} GB/s, "
-        f"float32 product {ceilings.matmul:.0f} GFLOP/s. Times are medians.",
+        heading(report),
         "",
         "| " + " | ".join(_COLUMNS.values()) + " |",
         "|" + "---|" * len(_COLUMNS),
     ]
     lines += ["| " + " | ".join(_cell(name, getattr(row, name)) for name in _COLUMNS) + " |" for row in report.rows]
     return "\n".join(lines)
+
+
+def heading(report: Report) -> str:
+    """A line on the machine and one on its ceilings."""
+    ceilings = report.ceilings
+    return (
+        "Machine: " + ", ".join(f"{name} {value}" for name, value in report.machine.items()) + ".\n"
+        f"Ceilings in this run: copy {ceilings.copy:.1f} GB/s, read {ceilings.read:.1f} GB/s, "
+        f"{ceilings.dtype} product {ceilings.matmul:.0f} GFLOP/s. Times are medians."
+    )
 
 
 def _cell(name: str, value: Any) -> str:

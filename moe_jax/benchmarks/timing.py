@@ -71,11 +71,12 @@ def compiled(function: Callable, *args: Any) -> tuple[Callable, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What this machine gave JAX in this run: `copy` and `read` in GB/s, `matmul` in float32 GFLOP/s."""
+    """What this machine gave JAX in this run: `copy` and `read` in GB/s, `matmul` in GFLOP/s of `dtype`."""
 
     copy: float
     read: float
     matmul: float
+    dtype: str = "float32"
 
     def floor(self, flops: float, nbytes: float) -> float:
         """Least seconds for `flops` operations that read or write `nbytes` of memory (roofline).

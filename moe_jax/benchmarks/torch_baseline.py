@@ -1,4 +1,4 @@
-"""What we compare with: transformers on torch. Imported here only, and only when asked for."""
+"""What we compare with: transformers on torch, imported only when asked for; on GPUs `torch_block` does it."""
 
 import importlib.util
 import os

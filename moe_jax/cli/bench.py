@@ -2,19 +2,24 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from ..benchmarks import block, decode, load
+from ..benchmarks import accelerator, block, decode, load
+from ..benchmarks.inputs import DTYPES
 from ..benchmarks.table import Report, Row, machine, markdown, summary, write_json
 from ..benchmarks.timing import Setting, measure_ceilings
 
-#: What there is to measure, in the order of the table.
+#: What there is to measure on a CPU, in the order of the table; and for models' shapes, on any device.
 WHAT = ("block", "scaling", "decode", "load")
 _SIZES = ("layers", "width", "hidden", "experts", "top_k", "vocab")
+
+_TOKENS = (1, 32, 512)
+_REPEATS = 7
 
 EXAMPLE = "moe-jax bench --device cpu --what block --tokens 1,32"
 
@@ -28,25 +33,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     (1, 8)
     """
     parser.description = "Measure speed on this machine and print a table; results are checked before they are timed."
-    parser.epilog = "example: moe-jax bench --device cpu --what block --tokens 1,32,512 --json bench.json"
-    parser.add_argument("--device", choices=["cpu"], default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--what", choices=[*WHAT, "all"], default="all", help="what to measure (default: all)")
-    parser.add_argument("--tokens", type=_numbers, default=(1, 32, 512), help="tokens of block and scaling: 1,32,512")
+    parser.epilog = "example: moe-jax bench --device gpu --what block --model qwen3 --tokens 1,8,32 --json bench.json"
+    what = [*WHAT, "routing", "all"]
+    parser.add_argument("--device", choices=["cpu", "gpu"], help="where to run (default: JAX's default backend)")
+    parser.add_argument("--what", choices=what, default="all", help="what to measure; block and routing on a GPU")
+    parser.add_argument("--tokens", type=_numbers, help="tokens of block, scaling and routing: 1,32,512; more on a GPU")
+    _add_accelerator_arguments(parser)
     parser.add_argument("--batch", type=_numbers, default=(1, 8), help="batch sizes of decode: 1,8")
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=_number, help="instead of the benchmark's own size")
     parser.add_argument("--prompt-tokens", type=_number, default=32, help="prompt of decode (default: 32)")
     parser.add_argument("--new-tokens", type=_number, default=128, help="new tokens of decode (default: 128)")
     parser.add_argument("--load-gb", type=float, default=2.0, help="checkpoint of load in GB; 2 x for peak memory")
-    parser.add_argument("--repeats", type=_number, default=7, help="timed rounds; medians are shown (default: 7)")
-    parser.add_argument("--no-torch", action="store_true", help="leave transformers out")
+    parser.add_argument("--repeats", type=_number, help="timed rounds (7) or bursts (20, GPU); medians are shown")
+    parser.add_argument("--no-torch", action="store_true", help="leave torch and transformers out")
     parser.add_argument("--json", metavar="FILE", help="also write the results to FILE")
 
 
+def _add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
+    models = f"{','.join(accelerator.MODELS)}, configs/NAME.json by name, or a path"
+    parser.add_argument("--model", type=_names, metavar="NAME,...", help=f"shapes of block and routing: {models}")
+    names = "of the experts, by name (block; default: what JAX programs take)"
+    parser.add_argument("--implementation", type=_names, metavar="NAME,...", help=names)
+    dtypes = "of block with --model or on a GPU (default: bfloat16; float32 on a CPU)"
+    parser.add_argument("--dtype", choices=list(DTYPES), help=dtypes)
+    others = "whom block compares with on a GPU (default: all)"
+    parser.add_argument("--baselines", choices=["none", "jax", "torch", "all"], default="all", help=others)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for, print the table and write the JSON file. Returns 0; 1 for sizes that do not work."""
+    """Measure what was asked for, print tables and write the JSON file.
+
+    Returns 0; 1 for sizes that do not work, and where a result of ours on an accelerator was wrong or missing.
+    """
     try:
-        with jax.default_device(jax.devices(args.device)[0]):
+        if args.device != "cpu" and "torch" in _baselines(args):  # else JAX takes the memory that torch will want
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        device = _device(args.device)
+        with jax.default_device(device):
+            if device.platform != "cpu" or args.model or args.what == "routing":
+                return accelerator.run(_request(args, device), args.json)
             report = _measure(args)
     except (ValueError, OSError) as error:
         print(f"moe-jax bench: {error}", file=sys.stderr)
@@ -59,9 +85,43 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _device(name: str | None) -> jax.Device:
+    try:
+        device = jax.devices(name)[0]
+    except RuntimeError as error:
+        raise ValueError(f"device: JAX finds no {name} ({error})") from error
+    if device.platform not in ("cpu", "gpu"):
+        raise ValueError(f"device: there are no benchmarks for {device.platform} yet; --device cpu runs")
+    return device
+
+
+def _request(args: argparse.Namespace, device: jax.Device) -> accelerator.Request:
+    """What the flags ask of an accelerator; refuses those that only the CPU's benchmarks read."""
+    if args.what not in ("block", "routing", "all"):
+        raise ValueError(f"what: {args.what} is measured on a CPU, with --device cpu and without --model")
+    if unread := [name for name in _SIZES if getattr(args, name) is not None]:
+        raise ValueError(f"{unread[0]}: sizes come from --model here, a name or the path of a config.json")
+    own = {
+        "what": accelerator.WHAT if args.what == "all" else (args.what,),
+        "device": device,
+        "baselines": _baselines(args),
+        "dtype": args.dtype or ("float32" if device.platform == "cpu" else "bfloat16"),
+        "models": args.model,
+        "tokens": args.tokens or (_TOKENS if device.platform == "cpu" else None),
+        "implementations": args.implementation,
+        "samples": args.repeats or (_REPEATS if device.platform == "cpu" else None),
+    }
+    return accelerator.Request(**{name: value for name, value in own.items() if value is not None})
+
+
+def _baselines(args: argparse.Namespace) -> tuple[str, ...]:
+    wanted = ("jax", "torch") if args.baselines == "all" else (args.baselines,)
+    return tuple(name for name in wanted if name != "none" and not (name == "torch" and args.no_torch))
+
+
 def _measure(args: argparse.Namespace) -> Report:
-    about = machine(args.device)
-    setting = Setting(args.device, measure_ceilings(), args.repeats, not args.no_torch)
+    about = machine("cpu")
+    setting = Setting("cpu", measure_ceilings(), args.repeats or _REPEATS, not args.no_torch)
     rows: list[Row] = []
     for what in WHAT if args.what == "all" else (args.what,):
         print(f"measuring {what} ...", file=sys.stderr, flush=True)
@@ -77,11 +137,11 @@ def _sized(shape: Any, args: argparse.Namespace) -> Any:
 
 
 def _block(args: argparse.Namespace, setting: Setting) -> list[Row]:
-    return block.run(_sized(block.BlockShape(), args), args.tokens, setting)
+    return block.run(_sized(block.BlockShape(), args), args.tokens or _TOKENS, setting)
 
 
 def _scaling(args: argparse.Namespace, setting: Setting) -> list[Row]:
-    return block.scaling(_sized(block.SCALING, args), args.tokens, setting)
+    return block.scaling(_sized(block.SCALING, args), args.tokens or _TOKENS, setting)
 
 
 def _decode(args: argparse.Namespace, setting: Setting) -> list[Row]:
@@ -101,6 +161,10 @@ _SECTIONS: dict[str, Callable[[argparse.Namespace, Setting], list[Row]]] = {
     "decode": _decode,
     "load": _load,
 }
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 def _number(text: str) -> int:

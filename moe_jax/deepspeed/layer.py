@@ -63,7 +63,7 @@ class MoEInference(nnx.Module):
         implementation: str | None = None,
         rngs: nnx.Rngs | None = None,
     ):
-        OPERATION.choose(implementation)  # refuses an unknown name
+        OPERATION.check(implementation)  # refuses an unknown name
         self.config, self.implementation = config, implementation
         self.block, self.layer = block_config(config, data_flow), layer_config(config, layer_index)
         dtype = jnp.dtype(config.working_dtype)

@@ -59,7 +59,7 @@ class MoE(nnx.Module):
             raise ValueError("weights, rngs: give one of the two")
         if intermediate_size < 1:
             raise ValueError(f"intermediate_size: {intermediate_size} is not positive")
-        OPERATION.choose(implementation)  # refuses an unknown name
+        OPERATION.check(implementation)  # refuses an unknown name
         gate = {"min_capacity": 4} | gate
         self.gate = TopKGate(hidden_size, num_experts, k, **gate, rngs=rngs or nnx.Rngs(0))
         self.activation = Activation(activation) if isinstance(activation, str) else activation

@@ -9,11 +9,19 @@ from jaxtyping import Array, Float, Int
 from ..dims import Array as AnyArray
 from ..experts import Experts
 from ..plan import Plan
-from ..registry import Operation
-from ..routing import route
-from . import xla_capacity, xla_ragged, xla_tiles
+from ..registry import Implementation, Operation
+from ..routing import route_tokens
+from . import mosaic_gpu, xla_capacity, xla_ragged, xla_tiles
 
-OPERATION = Operation("routed_mlp", {"xla_tiles": xla_tiles.routed_mlp, "xla_ragged": xla_ragged.routed_mlp})
+OPERATION = Operation(
+    "routed_mlp",
+    {
+        "mosaic_gpu": Implementation(mosaic_gpu.routed_mlp, mosaic_gpu.refuse, platform="cuda"),
+        "xla_tiles": Implementation(xla_tiles.routed_mlp),
+        "xla_ragged": Implementation(xla_ragged.routed_mlp, by_choice=False),
+        "mosaic_gpu_interpreted": Implementation(mosaic_gpu.interpreted, mosaic_gpu.refuse, by_choice=False),
+    },
+)
 
 
 def routed_mlp(
@@ -48,12 +56,12 @@ def routed_mlp(
         raise ValueError(f"layer: experts of shape {experts.up.shape} {need} layer index, got {layer}")
     if layer is not None and not isinstance(layer, jax.core.Tracer) and not 0 <= layer < experts.up.shape[0]:
         raise ValueError(f"layer: {layer} of {experts.up.shape[0]} layers")
-    run = OPERATION.choose(implementation)
+    OPERATION.check(implementation)
     if ids.size == 0:
         return jnp.zeros_like(x)
-    first = 0 if layer is None else jnp.asarray(layer, jnp.int32) * experts.num_experts
+    layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     with jax.named_scope("expert_mlp"):
-        return run(x, ids, weights, experts, plan, first)
+        return OPERATION.run(implementation, x, ids, weights, experts, plan, layer)
 
 
 def moe_block(
@@ -78,8 +86,7 @@ def moe_block(
     """
     if router_weight.shape != (x.shape[1], experts.num_experts):
         raise ValueError(f"router_weight: shape {router_weight.shape}, expected {(x.shape[1], experts.num_experts)}")
-    logits = jnp.matmul(x, router_weight, preferred_element_type=jnp.float32)
-    ids, weights, _ = route(logits, k, score, renormalize)
+    ids, weights, _ = route_tokens(x, router_weight, k, score, renormalize)
     return routed_mlp(x, ids, weights, experts, implementation=implementation)
 
 
@@ -120,11 +127,12 @@ def capacity_mlp(
 def prepare(experts: Experts, implementation: str | None = None) -> Experts:
     """The same experts in the storage that `implementation` prefers; made once, when weights are made or loaded.
 
-    `xla_tiles` reads kernels with the contraction last, the layout of checkpoints; `xla_ragged` the plain one.
+    `xla_tiles` reads kernels with the contraction last, the layout of checkpoints; `xla_ragged` the plain one;
+    `mosaic_gpu` either.
     Experts that are in that storage are returned as they are, and so are quantised ones, which have one storage.
     """
-    OPERATION.choose(implementation)
-    layout = "in_out" if implementation == "xla_ragged" else "out_in"
+    OPERATION.check(implementation)
+    layout = {"xla_ragged": "in_out", "mosaic_gpu": experts.layout}.get(implementation, "out_in")
     if experts.layout == layout or experts.quantized:
         return experts
     swapped = {n: getattr(experts, n) for n in ("gate", "up", "down")}

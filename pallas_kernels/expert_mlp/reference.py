@@ -32,9 +32,10 @@ def combine(rows: jax.Array, slot: jax.Array, weights: jax.Array, dtype) -> jax.
     return jnp.einsum("gad,ga->gd", taken.astype(wide), weights.astype(wide), precision=exact).astype(dtype)
 
 
-def routed_mlp(x, ids, weights, experts, plan, first):
+def routed_mlp(x, ids, weights, experts, plan, layer):
     """See `api.routed_mlp`."""
     del plan
+    first = 0 if layer is None else layer * experts.num_experts
     layer = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, experts.num_experts), experts.flat())
     outputs = jax.vmap(expert, in_axes=(None, 0))(x, layer)
     tokens, num = x.shape[0], experts.num_experts

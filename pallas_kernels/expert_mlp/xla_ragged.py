@@ -8,7 +8,7 @@ from ..quantized import dense
 from .reference import combine
 
 
-def routed_mlp(x, ids, weights, experts, plan, first):
+def routed_mlp(x, ids, weights, experts, plan, layer):
     """See `api.routed_mlp`. Rows sorted by expert, three ragged products."""
     del plan  # ragged_dot wants rows packed without padding: a plan of one-row tiles
     num, choices = experts.num_experts, ids.shape[1]
@@ -16,6 +16,7 @@ def routed_mlp(x, ids, weights, experts, plan, first):
     rows = packed.row_choice
     taken = x.at[rows // choices].get(mode="fill", fill_value=0)
     flat = ids.reshape(-1)
+    first = 0 if layer is None else layer * num
     layer = jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, first, num), experts.flat())
     counts = jnp.zeros(num, jnp.int32).at[jnp.where(flat < 0, num, flat)].add(1, mode="drop")
     of_row = jnp.where(rows < flat.shape[0], flat.at[rows].get(mode="clip"), 0)

@@ -12,7 +12,7 @@ from ..quantized import dense, is_quantized, rows_of
 from .reference import combine, expert
 
 
-def routed_mlp(x, ids, weights, experts, plan, first):
+def routed_mlp(x, ids, weights, experts, plan, layer):
     """See `api.routed_mlp`."""
     if plan is None:
         plan = make_plan(ids, experts.num_experts, tile_rows(*ids.shape, experts.num_experts))
@@ -21,6 +21,7 @@ def routed_mlp(x, ids, weights, experts, plan, first):
         kernels = sum(w.nbytes for w in (experts.gate, experts.up, experts.down) if w is not None)
         widths = row_widths(plan.tile_rows, ids.size / experts.num_experts, kernels / math.prod(experts.up.shape[:-2]))
     tiles = _tiles(plan, ids)
+    first = 0 if layer is None else layer * experts.num_experts
     packed = plan.row_choice.shape[0] if plan.in_place else ids.size + plan.tile_rows
     rows = _run_tiles(x, experts.flat(), tiles._replace(expert=tiles.expert + first), packed, widths)
     nowhere = plan.slot >= plan.row_choice.shape[0]

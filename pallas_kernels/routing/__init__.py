@@ -1,5 +1,5 @@
 """Routing: router logits to chosen experts and their weights."""
 
-from .api import SCORES, route
+from .api import SCORES, route, route_tokens
 
-__all__ = ["SCORES", "route"]
+__all__ = ["SCORES", "route", "route_tokens"]

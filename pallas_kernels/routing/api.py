@@ -5,11 +5,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
-from ..registry import Operation
-from . import xla
+from ..registry import Implementation, Operation
+from . import router_triton, triton, xla
 
 SCORES = ("softmax", "sigmoid", "sparsemixer")
-OPERATION = Operation("route", {"xla": xla.route})
+OPERATION = Operation(
+    "route",
+    {
+        "triton": Implementation(triton.route, triton.refuse, platform="cuda"),
+        "xla": Implementation(xla.route),
+        "triton_interpreted": Implementation(triton.interpreted, triton.refuse, by_choice=False),
+    },
+)
+
+
+def _multiply_and_route(x, router_weight, k, score, renormalize, bias, groups, top_groups, scale):
+    logits = jnp.matmul(x, router_weight, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return OPERATION.run(None, logits, k, score, renormalize, bias, groups, top_groups, scale, 0.01, None)
+
+
+TOKENS_OPERATION = Operation(
+    "route_tokens",
+    {
+        "triton": Implementation(router_triton.route_tokens, router_triton.refuse, platform="cuda"),
+        "xla": Implementation(_multiply_and_route),
+        "triton_interpreted": Implementation(router_triton.interpreted, router_triton.refuse, by_choice=False),
+    },
+)
 
 
 def route(
@@ -49,6 +71,43 @@ def route(
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(f"logits: dtype {logits.dtype}, expected floating")
     experts = logits.shape[1]
+    _check(experts, k, score, bias, groups, top_groups)
+    if forced is not None and forced.shape != (logits.shape[0], k):
+        raise ValueError(f"forced: shape {forced.shape}, expected {(logits.shape[0], k)}")
+    if forced is not None and not isinstance(forced, jax.core.Tracer) and (forced >= experts).any():
+        raise ValueError(f"forced: id {forced.max()} of {experts} experts")
+    return OPERATION.run(implementation, logits, k, score, renormalize, bias, groups, top_groups, scale, jitter, forced)
+
+
+def route_tokens(
+    x: Float[AnyArray, "G D"],
+    router_weight: Float[AnyArray, "D E"],
+    k: int,
+    score: str = "softmax",
+    renormalize: bool = True,
+    bias: Float[AnyArray, " E"] | None = None,
+    groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> tuple[Int[Array, "G A"], Float[Array, "G A"], Int[Array, " E"]]:
+    """`route(x @ router_weight, ...)`, the product included: one operation where tokens are few.
+
+    Arguments, results and errors as in `route`; logits accumulate in float32. `implementation`: `triton` (CUDA, up to
+    64 tokens in bfloat16 or float16) or `xla`.
+
+    >>> import jax.numpy as jnp
+    >>> route_tokens(jnp.eye(2), jnp.array([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]), 1)[0].tolist()
+    [[1], [0]]
+    """
+    if x.ndim != 2 or router_weight.ndim != 2 or x.shape[1] != router_weight.shape[0]:
+        raise ValueError(f"router_weight: shape {router_weight.shape}, expected [D, E] for x of shape {x.shape}")
+    _check(router_weight.shape[1], k, score, bias, groups, top_groups)
+    args = x, router_weight, k, score, renormalize, bias, groups, top_groups, scale
+    return TOKENS_OPERATION.run(implementation, *args)
+
+
+def _check(experts, k, score, bias, groups, top_groups):
     if not 1 <= k <= experts:
         raise ValueError(f"k: {k} experts per token out of {experts}")
     if score not in SCORES:
@@ -63,9 +122,3 @@ def route(
         raise ValueError(f"score: sparsemixer chooses 2 experts without bias or groups, got k={k}, groups={groups}")
     if score == "sigmoid" and groups > 1 and experts // groups < 2:
         raise ValueError(f"groups: {groups} groups of one expert have no best two to be ranked by")
-    if forced is not None and forced.shape != (logits.shape[0], k):
-        raise ValueError(f"forced: shape {forced.shape}, expected {(logits.shape[0], k)}")
-    if forced is not None and not isinstance(forced, jax.core.Tracer) and (forced >= experts).any():
-        raise ValueError(f"forced: id {forced.max()} of {experts} experts")
-    run = OPERATION.choose(implementation)
-    return run(logits, k, score, renormalize, bias, groups, top_groups, scale, jitter, forced)

@@ -19,8 +19,12 @@ def route(logits, k, score, renormalize, bias, groups, top_groups, scale, jitter
         if renormalize:
             weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), _TINY)
         weights = weights * scale
-    counts = jnp.zeros(logits.shape[1], jnp.int32).at[ids.reshape(-1)].add(1)
-    return ids, weights, counts
+    return ids, weights, count(ids, logits.shape[1])
+
+
+def count(ids, experts):
+    """Choices per expert."""
+    return jnp.zeros(experts, jnp.int32).at[ids.reshape(-1)].add(1)
 
 
 # Guards the division where every chosen score underflows; far below any sum that can be told from zero.

@@ -11,7 +11,9 @@ from pallas_kernels.routing.api import OPERATION
 
 STATIC = ("k", "score", "renormalize", "groups", "top_groups", "scale", "jitter", "implementation")
 route_jit = jax.jit(route, static_argnames=STATIC)
-IMPLEMENTATIONS = [pytest.param(name, id=name) for name in OPERATION.implementations]
+#: Those that run on a CPU; the GPU's kernels have a suite of their own (test_routing_triton).
+ANYWHERE = [name for name, one in OPERATION.implementations.items() if not one.platform and "interpreted" not in name]
+IMPLEMENTATIONS = [pytest.param(name, id=name) for name in ANYWHERE]
 TOKENS, EXPERTS = 13, 8
 
 # name -> keyword arguments of `route`; `bias` and `forced` are filled in by `call`, E is 8 unless given.
@@ -236,7 +238,7 @@ class TestEveryImplementation:
         (dict(score="sigmoid", groups=8, top_groups=2), "groups: 8 groups of one expert have no best two"),
         (dict(forced=np.zeros((2, 1), int)), r"forced: shape \(2, 1\), expected \(2, 2\)"),
         (dict(forced=np.array([[0, -1], [8, 1]])), "forced: id 8 of 8 experts"),
-        (dict(implementation="cuda"), "implementation: 'cuda' is no implementation of route; there are: xla"),
+        (dict(implementation="cuda"), "implementation: 'cuda' is no implementation of route; there are: triton, xla"),
     ],
 )
 def test_refusals(monkeypatch, options, message):

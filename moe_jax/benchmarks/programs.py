@@ -1,0 +1,127 @@
+"""Programs of many steps: made, compiled in threads, and timed without the time it takes to start them."""
+
+import dataclasses
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from .timing import Timing
+
+
+def back_to_back(step: Callable) -> Callable:
+    """A program of one step per input: `run(inputs, *rest)` gives the list of `step(x, *rest)`.
+
+    The step is traced once. All outputs are returned: XLA drops what nobody reads. A barrier keeps XLA from joining
+    steps with each other, since layers of a model could not be joined.
+
+    >>> [int(y) for y in jax.jit(back_to_back(lambda x, c: x + c))([1, 2], 10)]
+    [11, 12]
+    """
+    one = jax.jit(step)
+
+    def run(inputs, *rest):
+        outputs: list[Any] = []
+        for x in inputs:
+            if outputs:
+                x, _ = jax.lax.optimization_barrier((x, outputs[-1]))
+            outputs.append(one(x, *rest))
+        return outputs
+
+    return run
+
+
+def loop(step: Callable) -> Callable:
+    """The same as one loop over stacked inputs: `run(stacked, *rest)` gives stacked outputs.
+
+    >>> jax.jit(loop(lambda x, c: x + c))(jax.numpy.array([1, 2]), 10).tolist()
+    [11, 12]
+    """
+    return lambda stacked, *rest: jax.lax.map(lambda x: step(x, *rest), stacked)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program and the seconds that tracing, lowering and compiling it took."""
+
+    call: Callable
+    seconds: float
+
+
+class Compiler:
+    """Compiles programs for `device` in threads.
+
+    Tracing and lowering take turns, so that their seconds are not those of waiting for Python's lock; XLA's share
+    runs beside that of others, on cores of its own if there are enough.
+
+    >>> with Compiler(jax.devices("cpu")[0], threads=2) as compiler:
+    ...     program = compiler.submit(lambda x: 2 * x, jax.ShapeDtypeStruct((), "float32")).result()
+    >>> float(program.call(3.0))
+    6.0
+    """
+
+    def __init__(self, device: jax.Device, threads: int = 12):
+        self._device = device
+        self._pool = ThreadPoolExecutor(min(threads, os.cpu_count() or 1))
+        self._lock = threading.Lock()
+
+    def submit(self, function: Callable, *args: Any) -> Future:
+        """A future `Program` of `function` for arguments of these shapes."""
+        return self._pool.submit(self._compile, function, args)
+
+    def _compile(self, function, args):
+        with jax.default_device(self._device):
+            with self._lock:
+                start = time.perf_counter()
+                lowered = jax.jit(function).lower(*args)
+                seconds = time.perf_counter() - start
+            start = time.perf_counter()
+            return Program(lowered.compile(), seconds + time.perf_counter() - start)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self._pool.shutdown(cancel_futures=kind is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How long is measured: at least `samples` bursts of calls, each of `burst` seconds or more.
+
+    A program so slow that this takes more than `limit` seconds is measured by fewer bursts, `least` of them.
+    """
+
+    samples: int = 20
+    burst: float = 0.02
+    limit: float = 4.0
+    least: int = 5
+
+    def measure(self, call: Callable[[], Any], wait: Callable[[Any], Any] = jax.block_until_ready) -> Timing:
+        """Seconds of a call within a burst of calls that are started without waiting.
+
+        >>> len(Pace(samples=3, burst=1e-4).measure(lambda: None).samples)
+        3
+        """
+        wait(call())
+        start = time.perf_counter()
+        wait(call())
+        once = time.perf_counter() - start
+        calls = min(1000, max(2, math.ceil(self.burst / max(once, 1e-7))))
+        seconds: list[float] = []
+        begin = time.perf_counter()
+        while len(seconds) < self.samples:
+            start = time.perf_counter()
+            for _ in range(calls):
+                out = call()
+            wait(out)
+            end = time.perf_counter()
+            seconds.append((end - start) / calls)
+            if end - begin > self.limit and len(seconds) >= self.least:
+                break
+        return Timing(tuple(seconds))

@@ -1,0 +1,53 @@
+"""What differs between JAX versions, and what JAX says of the device that a program is made for."""
+
+import inspect
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
+
+
+def interpret_gpu() -> Any:
+    """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter."""
+    if not hasattr(plgpu, "InterpretGPUParams"):  # jax 0.10
+        from jax._src.pallas.mosaic_gpu.interpret import params
+
+        return params.InterpretGPUParams()
+    return plgpu.InterpretGPUParams()
+
+
+def load_registers(ref: Any, layout: Any) -> jax.Array:
+    """Inside a Mosaic GPU kernel: a slice of global memory in registers of the given layout."""
+    index = ((),) if _LOAD_TAKES_INDEX else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def num_sms() -> int:
+    """Multiprocessors of the GPU that is traced for; an H100's where it is not known.
+
+    >>> num_sms()
+    132
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    cores = described.num_cores if described is not None else getattr(_default_device(), "core_count", None)
+    return cores or 132
+
+
+def device_kind() -> str:
+    """Kind of the device that is traced for: of the mesh in force, else of the default device; "" if there is none.
+
+    >>> isinstance(device_kind(), str)
+    True
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.device_kind
+    return _default_device().device_kind
+
+
+def _default_device() -> jax.Device:
+    config: Any = jax.config
+    default = config.jax_default_device
+    return jax.local_devices(backend=default)[0] if default is None or isinstance(default, str) else default

@@ -1,0 +1,253 @@
+"""One block of a grouped product (`mosaic_kernel`): a producer that loads, consumers that multiply and store."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ..compat import load_registers
+from .mosaic_gather import gather_rows, initialize, wait_for_rows
+
+_I32 = jnp.int32
+_PRODUCER_REGISTERS, _REGISTERS = 56, 504  # per thread, of all warpgroups together
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    """A block's references: operands and output in global memory, the ring and its barriers in shared memory."""
+
+    x: Any
+    kernels: Any
+    biases: Any
+    tile_expert: Any
+    num_tiles: Any
+    row_choice: Any
+    layer: Any
+    out: Any
+    x_s: Any
+    w_s: Any
+    out_s: Any
+    full: Any
+    free: Any
+    rows: Any = ()
+
+
+def block(product, sizes, x, *refs, x_s, w_s, out_s, full, free, rows):
+    kernels, biases = refs[: sizes.kernels], refs[sizes.kernels : -5]
+    refs = _Refs(x, kernels, biases, *refs[-5:], x_s, w_s, out_s, full, free, rows)
+    tiling, warpgroup = product.tiling, lax.axis_index("warpgroup")
+    if not (product.overlap or product.interpret):
+        plgpu.griddepcontrol_wait()
+    if not product.interpret:
+        plgpu.griddepcontrol_launch_dependents()
+    work = _Work(product, sizes, refs)
+
+    @pl.when(warpgroup == tiling.consumers)
+    def _():
+        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        _produce(product, sizes, refs, work)
+
+    @pl.when(warpgroup < tiling.consumers)
+    def _():
+        share = (_REGISTERS - _PRODUCER_REGISTERS) // tiling.consumers // 8 * 8
+        plgpu.set_max_registers(min(232, share), action="increase")
+        _consume(product, sizes, refs, work, warpgroup)
+
+
+class _Work:
+    """The pieces of work of this block: tile and first column of its i-th piece."""
+
+    def __init__(self, product, sizes, refs):
+        self.tiling, self.sizes, self.refs, self.product = product.tiling, sizes, refs, product
+        self.strips, self.steps = sizes.strips(self.tiling), sizes.steps(self.tiling)
+        self.stages = min(self.tiling.stages, self.steps)
+        self.num_tiles = refs.num_tiles[0]
+        self.first = refs.layer[0] * product.experts
+        self.blocks = product.num_sms * self.tiling.blocks
+        self.block = lax.axis_index("block")
+        self.pieces = lax.div(self.num_tiles * self.strips - self.block + (self.blocks - 1), _I32(self.blocks))
+
+    def piece(self, i):
+        index = self.block + i * self.blocks
+        if self.tiling.group == 1:
+            tile, strip = lax.div(index, _I32(self.strips)), lax.rem(index, _I32(self.strips))
+        else:
+            tile, strip = _grouped(index, self.num_tiles, self.strips, self.tiling.group)
+        # The last strip ends with the columns: where they do not divide, it computes some of them a second time.
+        column = strip * self.tiling.columns
+        if self.sizes.out % self.tiling.columns:
+            column = jnp.minimum(column, self.sizes.out - self.tiling.columns)
+        return tile, column
+
+    def expert(self, i):
+        """Of the i-th piece; that of some tile if there are fewer pieces."""
+        tile = jnp.clip(self.piece(i)[0], 0, self.refs.tile_expert.shape[0] - 1)
+        # an id that is none (a padded token by itself) has its tile all the same
+        return jnp.clip(self.refs.tile_expert[tile], 0, self.product.experts - 1) + self.first
+
+
+def _grouped(index, tiles, strips, group):
+    """Piece `index` in an order that takes `group` tiles through all their strips before the next ones."""
+    which = lax.div(index, _I32(group * strips))
+    size = jnp.clip(tiles - which * group, 1, group)
+    inside = index - which * (group * strips)
+    return which * group + lax.rem(inside, size), lax.div(inside, size)
+
+
+def _produce(product, sizes, refs, work):
+    tiling, stages, steps = product.tiling, work.stages, work.steps
+    total = work.pieces * steps
+
+    def slot_of(step):
+        return lax.rem(step, _I32(stages))
+
+    def load_weights(column, expert, k, slot):
+        depth = pl.ds(k * tiling.depth, tiling.depth)
+        strip = pl.ds(column, tiling.columns)
+        for w, w_s in zip(refs.kernels, refs.w_s, strict=True):
+            source = w.at[expert, strip, depth] if product.transposed else w.at[expert, depth, strip]
+            plgpu.copy_gmem_to_smem(source, w_s.at[slot], refs.full.at[slot])
+
+    def load_rows(tile, k, slot):
+        # a start that is traced: rows beyond the end of x are wanted here, and come as zeros
+        start = tile * (0 if product.source == "in_place" else tiling.rows)
+        rows, depth = pl.ds(start, tiling.rows), pl.ds(k * tiling.depth, tiling.depth)
+        plgpu.copy_gmem_to_smem(refs.x.at[rows, depth], refs.x_s.at[slot], refs.full.at[slot])
+
+    if product.source == "gathered":
+        initialize(refs.rows[0])
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(refs.rows[1])
+    ahead, first = 0, work.expert(_I32(0))
+    if product.overlap:  # the first piece's weights do not wait for the kernel before, the rows do
+        ahead = stages
+
+        @pl.when(work.pieces > 0)
+        def _():
+            _, column = work.piece(_I32(0))
+
+            @pl.loop(0, ahead)
+            def _(k):
+                load_weights(column, first, k, k)
+
+        plgpu.griddepcontrol_wait()
+
+    def load_piece(i, expert):
+        tile, column = work.piece(i)
+        following = work.expert(i + 1)  # asked for early: the answer takes a while
+
+        @pl.loop(0, steps)
+        def _(k):
+            step = i * steps + k
+            slot = slot_of(step)
+
+            @pl.when(step >= stages)
+            def _():
+                plgpu.barrier_wait(refs.free.at[slot])
+
+            if ahead:
+
+                @pl.when(step >= ahead)
+                def _():
+                    load_weights(column, expert, k, slot)
+
+            else:
+                load_weights(column, expert, k, slot)
+            if product.source != "gathered":
+                load_rows(tile, k, slot)
+            else:
+                start = tile * tiling.rows, k * tiling.depth
+                stage = refs.x_s.at[slot], refs.rows[0], slot
+                gather_rows(refs.x, refs.row_choice, *stage, *start, product.choices)
+
+        return following
+
+    lax.fori_loop(0, work.pieces, load_piece, first)
+
+    @pl.loop(jnp.maximum(total - stages, 0), total)
+    def _(step):
+        plgpu.barrier_wait(refs.free.at[slot_of(step)])
+
+
+def _consume(product, sizes, refs, work, warpgroup):
+    tiling, stages, steps = product.tiling, work.stages, work.steps
+    mine = pl.ds(warpgroup * tiling.share, tiling.share)
+    if product.source == "gathered":
+        plgpu.barrier_wait(refs.rows[1])
+
+    def wait_for_stage(step, slot):
+        plgpu.barrier_wait(refs.full.at[slot])
+        if product.source == "gathered":
+            wait_for_rows(refs.rows[0], slot, lax.rem(lax.div(step, _I32(stages)), _I32(2)))
+
+    def multiply(i, accumulators):
+        @pl.loop(0, steps)
+        def _(k):
+            step = i * steps + k
+            slot = lax.rem(step, _I32(stages))
+            wait_for_stage(step, slot)
+            for accumulator, w_s in zip(accumulators, refs.w_s, strict=True):
+                own = w_s.at[slot, mine] if product.transposed else w_s.at[slot, :, mine].T
+                plgpu.wgmma(accumulator, own, refs.x_s.at[slot].T)
+            # One step's products stay in flight; the stage before is free.
+            plgpu.wgmma_wait(len(refs.w_s))
+
+            @pl.when(k > 0)
+            def _():
+                plgpu.barrier_arrive(refs.free.at[lax.rem(step - 1, _I32(stages))])
+
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(refs.free.at[lax.rem(i * steps + (steps - 1), _I32(stages))])
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    @pl.loop(0, work.pieces)
+    def _(i):
+        (tile, column), expert = work.piece(i), work.expert(i)
+        accumulators = [plgpu.ACC((tiling.share, tiling.rows))] * sizes.kernels
+        values = pl.run_scoped(lambda *refs_: multiply(i, refs_), *accumulators)
+        column = column + warpgroup * tiling.share
+        y = _epilogue(product, refs, values, expert, column)
+        _store(refs, y.astype(refs.out.dtype), tile * tiling.rows, column, warpgroup)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _epilogue(product, refs, values, expert, column):
+    """Biases and activation of accumulators `[share, rows]`."""
+    if refs.biases:
+        layout, strip = plgpu.Layout.WGMMA.reduce(1), pl.ds(column, product.tiling.share)
+
+        def add(value, bias):
+            bias = load_registers(bias.at[expert, strip], layout)
+            return value + lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, (0,))
+
+        values = tuple(map(add, values, refs.biases))
+    if product.activation is None:
+        return values[0]
+    gate, up = values if len(values) == 2 else (None, values[0])
+    return product.activation(gate, up, _erf)
+
+
+def _erf(x):
+    """The error function to 1.5e-7 (Abramowitz and Stegun 7.1.26): Mosaic GPU has none for a warpgroup."""
+    t = 1 / (1 + 0.3275911 * jnp.abs(x))
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    y = 1 - series * jnp.exp(-x * x)
+    return jnp.where(x < 0, -y, y)
+
+
+def _store(refs, y, row, column, warpgroup):
+    """`y [share, rows]`, transposed, to the output; in parts that take turns in the staging memory."""
+    _, slots, rows, columns = refs.out_s.shape
+    parts = [(c, r) for c in range(y.shape[0] // columns) for r in range(y.shape[1] // rows)]
+    for turn, (c, r) in enumerate(parts):
+        staged = refs.out_s.at[warpgroup, turn % slots]
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        part = y[c * columns : (c + 1) * columns, r * rows : (r + 1) * rows]
+        staged.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        to = refs.out.at[pl.ds(row + r * rows, rows), pl.ds(column + c * columns, columns)]
+        plgpu.copy_smem_to_gmem(staged, to)

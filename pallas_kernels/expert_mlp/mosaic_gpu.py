@@ -1,0 +1,132 @@
+"""The expert MLP on Hopper: two Mosaic GPU kernels over the plan, and a weighted sum that XLA fuses.
+
+gate/up: rows of x, gathered on the way in -> activation -> hidden rows of the plan
+down:    hidden rows -> output rows of the plan
+combine: output rows, each times its router weight, added up in float32 in a fixed order
+"""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import compat
+from ..plan import Plan, make_plan
+from . import xla_tiles
+from .mosaic_kernel import Product, grouped_product
+from .mosaic_tilings import TILE_ROWS, Tilings, choose
+
+#: Shared memory is written in rows of 64 columns.
+_WIDTH_STEP = 64
+_DTYPES = (jnp.bfloat16, jnp.float16)
+#: GPUs whose tensor cores have wgmma; Blackwell's have not.
+_HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
+
+
+def refuse(x, ids, weights, experts, plan, layer) -> str | None:
+    """Why these kernels cannot serve the call; None if they can."""
+    del ids, weights, layer
+    kernels = [w for w in (experts.gate, experts.up, experts.down) if w is not None]
+    if experts.quantized:
+        return "int8 kernels are not multiplied here yet"
+    if x.dtype not in _DTYPES or any(w.dtype != x.dtype for w in kernels):
+        kinds = ", ".join(sorted({str(w.dtype) for w in kernels}))
+        return f"x and kernels must both be bfloat16 or both float16, got {x.dtype} and {kinds}"
+    if experts.width % _WIDTH_STEP or experts.hidden % _WIDTH_STEP:
+        return f"widths must be multiples of {_WIDTH_STEP}, got D={experts.width} and F={experts.hidden}"
+    if plan is not None and plan.tile_rows not in TILE_ROWS:
+        return f"tiles must have {', '.join(map(str, TILE_ROWS))} rows, the plan has {plan.tile_rows}"
+    return unsuited_device()
+
+
+def unsuited_device() -> str | None:
+    """Why the device that is traced for cannot run wgmma; None for Hopper, and where it is not known."""
+    kind = compat.device_kind()
+    if "NVIDIA" in kind and not _HOPPER.search(kind):
+        return f"needs a Hopper GPU (H100, H200), the program is made for {kind}"
+    return None
+
+
+def routed_mlp(x, ids, weights, experts, plan, layer, *, tilings: Tilings | None = None, interpret: Any = False):
+    """See `api.routed_mlp`. `tilings`: instead of the table's."""
+    return _run(x, ids, weights, experts, plan, layer, tilings, interpret)
+
+
+def interpreted(x, ids, weights, experts, plan, layer):
+    """The same kernels in JAX's interpreter, on any platform, for tests; rows are gathered beforehand."""
+    return _run(x, ids, weights, experts, plan, layer, None, compat.interpret_gpu())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _run(x, ids, weights, experts, plan, layer, tilings, interpret):
+    if tilings is None:
+        tilings = choose(*ids.shape, experts, None if plan is None else plan.tile_rows)
+    if plan is None:
+        make = _plan_of_one if ids.shape[0] == 1 else make_plan
+        plan = make(ids, experts.num_experts, tilings.up.rows)
+    hidden, rows = _products(x, ids, experts, plan, layer, tilings, interpret)
+    return combine(rows(hidden), plan.slot, weights, x.dtype)
+
+
+def _plan_of_one(ids, num_experts, rows):
+    """One token: a tile for each of its choices, in their order, so that there is nothing to compute."""
+    choices = ids.shape[1]
+    slot = jnp.where((ids >= 0) & (ids < num_experts), jnp.arange(choices, dtype=jnp.int32) * rows, choices * rows)
+    tiles = jnp.asarray(choices, jnp.int32)
+    return Plan(row_choice=ids[0], slot=slot, tile_expert=ids[0], num_tiles=tiles, tile_rows=rows, in_place=True)
+
+
+def _products(x, ids, experts, plan, layer, tilings, interpret):
+    """Hidden rows of the plan `[rows, F]`, and the function that makes output rows `[rows, D]` of them."""
+    flat = experts.flat()
+    layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
+    source = "in_place" if plan.in_place else "gathered"
+    if interpret and source == "gathered":
+        x, source = x.at[plan.row_choice // ids.shape[1]].get(mode="fill", fill_value=0), "tiled"
+    shared = dict(
+        choices=ids.shape[1],
+        transposed=experts.layout == "out_in",
+        experts=experts.num_experts,
+        num_sms=3 if interpret else compat.num_sms(),
+        interpret=interpret,
+    )
+    up = Product("moe_jax_expert_up", tilings.up, experts.activation, source, overlap=False, **shared)
+    down = Product("moe_jax_expert_down", tilings.down, None, "tiled", overlap=not interpret, **shared)
+    given = lambda *arrays: [a for a in arrays if a is not None]
+    kernels, biases = given(flat.gate, flat.up), given(flat.gate_bias, flat.up_bias)
+    if biases and len(biases) < len(kernels):
+        biases = [jnp.zeros_like(biases[0]) if b is None else b for b in (flat.gate_bias, flat.up_bias)]
+    hidden = grouped_product(up, x, kernels, biases, plan, layer)
+    return hidden, lambda h: grouped_product(down, h, [flat.down], given(flat.down_bias), plan, layer)
+
+
+def combine(rows, slot, weights, dtype):
+    """`sum over a of weights[g, a] * rows[slot[g, a]]` in float32, term by term; a sentinel slot adds nothing.
+
+    Written out, so that a token's sum is the same whatever the batch.
+    """
+    with jax.named_scope("combine"):
+        total = 0.0
+        for a in range(slot.shape[1]):
+            at, weight = slot[:, a], weights[:, a, None].astype(jnp.float32)
+            row = rows.at[at].get(mode="clip").astype(jnp.float32)
+            total += jnp.where((at < rows.shape[0])[:, None], row * weight, 0)
+        return total.astype(dtype)
+
+
+def _forward(x, ids, weights, experts, plan, layer, tilings, interpret):
+    return _run(x, ids, weights, experts, plan, layer, tilings, interpret), (x, ids, weights, experts, layer)
+
+
+def _backward(tilings, interpret, saved, d_y):
+    """Through the tile loop, which recomputes the hidden rows: grouped products for input and weight gradients."""
+    del tilings, interpret
+    x, ids, weights, experts, layer = saved
+    run = lambda x, weights, experts: xla_tiles.routed_mlp(x, ids, weights, experts, None, layer)
+    d_x, d_weights, d_experts = jax.vjp(run, x, weights, experts)[1](d_y)
+    return d_x, None, d_weights, d_experts, None, None
+
+
+_run.defvjp(_forward, _backward)

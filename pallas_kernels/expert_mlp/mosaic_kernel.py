@@ -1,0 +1,129 @@
+"""One grouped product on Hopper, the kernel under the `mosaic_gpu` expert MLP.
+
+    for every tile of the plan and every strip of columns:                  (persistent blocks take turns)
+        accumulators = rows of the tile @ strip of each kernel of the tile's expert
+        out[tile, strip] = activation(accumulators + biases)
+
+The kernel's columns take the side of wgmma that comes in multiples of 64, and the rows of x the side that comes in
+multiples of 8, so that tiles can be as small or as odd as experts' loads are: 8 rows for decoding, 144 where experts
+have about 256. A block is one producer warpgroup, which fills a ring of stages in shared memory, and one or two
+consumer warpgroups, which multiply and store. The ring runs on across tiles: the next tile's loads are on their way
+while the last one is stored.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .mosaic_block import block
+from .mosaic_gather import arrivals
+
+_STORE_COLUMNS = 64  # stored at once: a row of them fills the 128 bytes of a swizzled tile
+_SHARED_BYTES, _SHARED_RESERVE = 232448, 4096  # of an SM; of that, for barriers and alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a block cuts the product, and how it is shared out.
+
+    `rows` of a tile (the plan's `tile_rows`), `columns` per kernel and strip, `depth` of a stage along the
+    contraction, `stages` of the ring, `consumers`: warpgroups that share a strip. `group`: tiles that run through
+    their strips together, so that they share what is in the L2 cache. `blocks`: blocks per SM.
+    """
+
+    rows: int
+    columns: int
+    depth: int = 64
+    stages: int = 4
+    consumers: int = 2
+    group: int = 8
+    blocks: int = 1
+
+    @property
+    def share(self) -> int:
+        """Columns of one consumer."""
+        return self.columns // self.consumers
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """What is static of a call. `source` of the rows: "in_place" (row g of each tile is row g of x), "tiled" (x is
+    laid out like the plan) or "gathered" (the plan's choices say which). `choices`: per token.
+    `transposed`: kernels are stored `[E, N, K]`. `experts`: per layer. `overlap`: begin to load weights while the
+    kernel before still runs."""
+
+    name: str
+    tiling: Tiling
+    activation: Any  # gate (or None), up -> hidden; None: the plain product
+    source: str
+    choices: int
+    transposed: bool
+    experts: int
+    overlap: bool
+    num_sms: int
+    interpret: Any = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Static sizes of a call: `width` K of the contraction, `out` N columns, and what follows from the tiling."""
+
+    width: int
+    out: int
+    kernels: int
+
+    def strips(self, tiling: Tiling) -> int:
+        return pl.cdiv(self.out, tiling.columns)
+
+    def steps(self, tiling: Tiling) -> int:
+        return pl.cdiv(self.width, tiling.depth)
+
+
+def grouped_product(product: Product, x, kernels, biases, plan, layer):
+    """`[tiles * rows, N]` for kernels (one or two) `[E, K, N]` or `[E, N, K]` and biases (as many, or none) `[E, N]`.
+
+    `x` `[G, K]`, or `[tiles * rows, K]` where it is tiled; `layer` int32 `[1]`. Rows of padding hold anything.
+    """
+    tiling, count = product.tiling, len(kernels)
+    out = kernels[0].shape[1 if product.transposed else 2]
+    sizes = _Sizes(x.shape[1], out, count)
+    stages = min(tiling.stages, sizes.steps(tiling))
+    tile = (tiling.columns, tiling.depth) if product.transposed else (tiling.depth, tiling.columns)
+    scratch: dict[str, Any] = dict(
+        x_s=plgpu.SMEM((stages, tiling.rows, tiling.depth), x.dtype),
+        w_s=[plgpu.SMEM((stages, *tile), x.dtype)] * count,
+        out_s=plgpu.SMEM((tiling.consumers, *_store_slots(tiling, stages, count), _STORE_COLUMNS), x.dtype),
+        full=plgpu.Barrier(num_arrivals=count + (product.source != "gathered"), num_barriers=stages),
+        rows=[arrivals(stages), plgpu.Barrier(num_arrivals=1)] if product.source == "gathered" else [],
+        free=plgpu.Barrier(num_arrivals=tiling.consumers, num_barriers=stages),
+    )
+    kernel = plgpu.kernel(
+        functools.partial(block, product, sizes),
+        out_type=jax.ShapeDtypeStruct((plan.max_tiles * tiling.rows, out), x.dtype),
+        grid=(product.num_sms * tiling.blocks,),
+        grid_names=("block",),
+        num_threads=tiling.consumers + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        kernel_name=product.name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=product.interpret,
+    )
+    # where nobody reads them, the choices are not even computed
+    choices = plan.row_choice if product.source == "gathered" else plan.tile_expert
+    return kernel(x, *kernels, *biases, plan.tile_expert, plan.num_tiles.reshape(1), choices, layer)
+
+
+def _store_slots(tiling, stages, kernels):
+    """Slots of staging memory per consumer and rows of each: two of as many rows as there is room for."""
+    ring = stages * 2 * tiling.depth * (tiling.rows + kernels * tiling.columns)
+    room = _SHARED_BYTES // tiling.blocks - _SHARED_RESERVE - ring
+    for parts in range(1, tiling.rows // 8 + 1):
+        slots, rows = min(2, parts * tiling.share // _STORE_COLUMNS), tiling.rows // parts
+        if tiling.rows % (8 * parts) == 0 and tiling.consumers * slots * rows * 2 * _STORE_COLUMNS <= room:
+            return slots, rows
+    raise ValueError(f"tiling: {tiling} leaves no shared memory for stores")

@@ -1,0 +1,64 @@
+"""Which tiling each call gets: a small table, measured on one H100 (docs/benchmarks.md)."""
+
+import dataclasses
+import math
+
+from .mosaic_kernel import Tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Tilings:
+    """Of the two products, over the same tiles."""
+
+    up: Tiling
+    down: Tiling
+
+
+#: Tokens up to which every active expert takes all of them, in place: reading weights is all the time there is.
+IN_PLACE = 8
+#: Rows that tiles can have; the most that two accumulators of 64 columns leave registers for.
+TILE_ROWS = (*range(8, 64, 8), *range(64, 161, 16))
+
+
+def choose(tokens, choices, experts, rows=None) -> Tilings:
+    """For `tokens` with `choices` each; `rows`: of the tiles, where the plan is made already."""
+    mean = tokens * choices / experts.num_experts
+    rows = tile_rows(tokens, mean) if rows is None else rows
+    columns = 128 if experts.gate is not None else 256
+    if tokens <= IN_PLACE and rows == 8:  # weights are read once: many small strips, deep stages
+        up = Tiling(8, columns, 64, 5, 2, 1) if experts.hidden >= 2048 else Tiling(8, columns // 2, 128, 4, 1, 1)
+        down = Tiling(8, 64, 128, 6, 1, 1)
+    elif rows <= 64:
+        up, down = Tiling(rows, columns // 2, 128, 3, 1, 1), Tiling(rows, 128, 64, 4, 2, 1, blocks=2)
+    elif mean <= 200:
+        up, down = Tiling(rows, columns, stages=3), Tiling(rows, 256, stages=3)
+    else:
+        group = 8 if mean <= 600 else 16
+        up, down = Tiling(rows, columns, group=group), Tiling(rows, 256, group=group)
+    return Tilings(_fit(up, experts.hidden), _fit(down, experts.width))
+
+
+def tile_rows(tokens: int, mean: float) -> int:
+    """Rows of a tile for `tokens` with `mean` rows per expert.
+
+    Tiles hold an expert's rows with two standard deviations (of a random choice) to spare, in as many equal tiles as
+    that takes; where experts have many, the sizes that multiply fastest.
+
+    >>> [tile_rows(16384, mean) for mean in (2.0, 16.0, 64.0, 256.0, 1024.0)]
+    [8, 24, 80, 144, 128]
+    """
+    if tokens <= IN_PLACE:
+        return 8
+    if mean > 600:
+        return 128
+    room = mean + 2 * math.sqrt(mean)
+    rows = room / math.ceil(room / TILE_ROWS[-1])
+    return next(size for size in TILE_ROWS if size >= rows)
+
+
+def _fit(tiling: Tiling, columns: int) -> Tiling:
+    """With strips that are no wider than the columns there are."""
+    while tiling.columns > columns:
+        half = tiling.columns // 2
+        tiling = dataclasses.replace(tiling, columns=half, consumers=min(tiling.consumers, half // 64))
+    return tiling
