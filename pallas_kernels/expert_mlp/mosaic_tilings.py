@@ -25,11 +25,10 @@ def choose(tokens, choices, experts, rows=None) -> Tilings:
     mean = tokens * choices / experts.num_experts
     rows = tile_rows(tokens, mean) if rows is None else rows
     columns = 128 if experts.gate is not None else 256
-    if tokens <= IN_PLACE and rows == 8:  # weights are read once: many small strips, deep stages
-        up = Tiling(8, columns, 64, 5, 2, 1) if experts.hidden >= 2048 else Tiling(8, columns // 2, 128, 4, 1, 1)
-        down = Tiling(8, 64, 128, 6, 1, 1)
-    elif rows <= 64:
-        up, down = Tiling(rows, columns // 2, 128, 3, 1, 1), Tiling(rows, 128, 64, 4, 2, 1, blocks=2)
+    if rows <= 64:  # reading the weights is all the time there is: strips that go around evenly, deep rings
+        large = experts.hidden >= 2048
+        up = Tiling(rows, columns, 64, 5, 2, 1) if large else Tiling(rows, columns // 2, 128, 3, 1, 1)
+        down = Tiling(rows, 128, 64, 4, 2, 1, blocks=2) if large or rows > 8 else Tiling(rows, 64, 128, 6, 1, 1)
     elif mean <= 200:
         up, down = Tiling(rows, columns, stages=3), Tiling(rows, 256, stages=3)
     else:
@@ -42,16 +41,17 @@ def tile_rows(tokens: int, mean: float) -> int:
     """Rows of a tile for `tokens` with `mean` rows per expert.
 
     Tiles hold an expert's rows with two standard deviations (of a random choice) to spare, in as many equal tiles as
-    that takes; where experts have many, the sizes that multiply fastest.
+    that takes, and with three where a second tile would read the weights again for little; where experts have many
+    rows, the size that multiplies fastest.
 
     >>> [tile_rows(16384, mean) for mean in (2.0, 16.0, 64.0, 256.0, 1024.0)]
-    [8, 24, 80, 144, 128]
+    [8, 32, 80, 144, 128]
     """
     if tokens <= IN_PLACE:
         return 8
     if mean > 600:
         return 128
-    room = mean + 2 * math.sqrt(mean)
+    room = mean + (3 if mean <= 32 else 2) * math.sqrt(mean)
     rows = room / math.ceil(room / TILE_ROWS[-1])
     return next(size for size in TILE_ROWS if size >= rows)
 
