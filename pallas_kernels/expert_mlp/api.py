@@ -38,11 +38,13 @@ def routed_mlp(
 
     Args: `x` `[G, D]`, `ids` int `[G, A]` (an id outside `[0, E)` takes no time and adds nothing, whatever its
     weight), `weights` `[G, A]` (summed up in float32), `experts` one layer's, or a stack `[L, E, ...]` addressed by
-    the integer `layer`, which may be traced (`xla_tiles` never slices the stack by layer). `plan`: the plan of these
-    ids, if the caller has one. `implementation`: `xla_tiles` (default; a loop over the tiles of the plan,
-    differentiable) or `xla_ragged` (`jax.lax.ragged_dot`).
-    Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other and for a `layer` that
-    there is not, unless it is traced.
+    the integer `layer`, which may be traced (the stack is never sliced by layer). `plan`: the plan of these ids, if
+    the caller has one. `implementation`: `mosaic_gpu` (kernels for Hopper GPUs, bfloat16 or float16, D and F multiples
+    of 64; chosen there), `xla_tiles` (a loop over the tiles of the plan; chosen elsewhere) or `xla_ragged`
+    (`jax.lax.ragged_dot`). All are differentiable.
+    Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other, for a `layer` that there
+    is not, unless it is traced, and for a named implementation that does not take the call or, when the program is
+    lowered, the platform.
 
     >>> import jax.numpy as jnp
     >>> eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
@@ -77,7 +79,7 @@ def moe_block(
     """Router product, routing, experts and combine in one call.
 
     Args: `x` `[G, D]`, `router_weight` `[D, E]` (logits accumulate in float32), `experts` one layer's; `k`, `score`,
-    `renormalize` as in `route`, `implementation` as in `routed_mlp`. Returns `[G, D]` in x's dtype.
+    `renormalize` as in `route`, `implementation` (of the experts) as in `routed_mlp`. Returns `[G, D]` in x's dtype.
 
     >>> import jax.numpy as jnp
     >>> eye = jnp.broadcast_to(jnp.eye(4), (2, 4, 4))
