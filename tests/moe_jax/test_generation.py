@@ -156,9 +156,10 @@ def test_no_new_tokens(model):
 
 
 def test_numpy_integers_and_odd_pad_ids(model):
-    want = generate(model, [[1, 2, 3]], max_new_tokens=3, temperature=0.8, key=3)
-    got = generate(model, [[1, 2, 3]], max_new_tokens=np.int64(3), temperature=0.8, key=np.int64(3))
+    rows, options = [[1, 2, 3]] * 3, {"temperature": 0.8, "top_p": 0.9}  # compiled above
+    want = generate(model, rows, max_new_tokens=3, key=3, **options)
+    got = generate(model, rows, max_new_tokens=np.int64(3), key=np.int64(3), **options)
     np.testing.assert_array_equal(got, want)
     padded = Model(model.config, model.arrays(), {"pad_token_id": -1, "eos_token_id": int(want[0, 3])})
-    out = generate(padded, [[1, 2, 3]], max_new_tokens=3, temperature=0.8, key=3)
+    out = generate(padded, rows, max_new_tokens=3, key=3, **options)
     assert (out >= 0).all() and (out[0, 3:] == want[0, 3]).all()

@@ -41,7 +41,7 @@ def x():
 
 
 def test_values(layer, x):
-    y, routing = layer(x)
+    y, routing = run(layer, x)
     logits = np.asarray(x, np.float64).reshape(14, 12) @ np.asarray(layer.router["router"][...], np.float64).T
     chances = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     ids = np.argsort(-chances, axis=-1)[:, :2]
@@ -82,18 +82,18 @@ def test_gradients_against_finite_differences(capacity_factor):
         x = jax.random.normal(jax.random.key(4), (5, 4), jnp.float64)
         graph, state = nnx.split(layer)
 
-        @jax.jit
         def loss(state, x):
             y, routing = nnx.merge(graph, state)(x)
             return (jnp.sin(y)).sum() + 0.1 * routing.aux_loss + 0.01 * routing.z_loss
 
-        grads, d_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
+        with_slopes = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        grads, d_x = with_slopes(state, x)[1]
         rng = np.random.default_rng(0)
         step = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), (state, x))
         # float32 inside (router, accumulation) bounds the agreement of the difference quotient
         eps = 1e-3
         ahead, behind = (
-            loss(*jax.tree.map(lambda a, b, s=sign: a + s * eps * b, (state, x), step)) for sign in (1, -1)
+            with_slopes(*jax.tree.map(lambda a, b, s=sign: a + s * eps * b, (state, x), step))[0] for sign in (1, -1)
         )
         slope = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves((grads, d_x)), jax.tree.leaves(step), strict=True))
         assert float(slope) == pytest.approx(float((ahead - behind) / (2 * eps)), rel=2e-3)
@@ -129,10 +129,10 @@ def test_in_linen(x):
             y, _ = moe(linen.LayerNorm()(x))
             return x + y
 
-    variables = Block().init(jax.random.key(0), x)
-    y = Block().apply(variables, x)
+    variables = jax.jit(Block().init)(jax.random.key(0), x)
+    y = jax.jit(Block().apply)(variables, x)
     assert y.shape == x.shape and not np.allclose(y, x)
-    grads = jax.grad(lambda v: Block().apply(v, x).sum())(variables)
+    grads = jax.jit(jax.grad(lambda v: Block().apply(v, x).sum()))(variables)
     assert any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
 
 
