@@ -26,6 +26,7 @@ class _Refs:
     num_tiles: Any
     row_choice: Any
     layer: Any
+    after: Any  # not read
     out: Any
     x_s: Any
     w_s: Any
@@ -36,8 +37,8 @@ class _Refs:
 
 
 def block(product, sizes, x, *refs, x_s, w_s, out_s, full, free, rows):
-    kernels, biases = refs[: sizes.kernels], refs[sizes.kernels : -5]
-    refs = _Refs(x, kernels, biases, *refs[-5:], x_s, w_s, out_s, full, free, rows)
+    kernels, biases = refs[: sizes.kernels], refs[sizes.kernels : -6]
+    refs = _Refs(x, kernels, biases, *refs[-6:], x_s, w_s, out_s, full, free, rows)
     tiling, warpgroup = product.tiling, lax.axis_index("warpgroup")
     if not (product.overlap or product.interpret):
         plgpu.griddepcontrol_wait()

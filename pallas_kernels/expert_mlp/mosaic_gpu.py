@@ -98,7 +98,7 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
     kernels, biases = given(flat.gate, flat.up), given(flat.gate_bias, flat.up_bias)
     if biases and len(biases) < len(kernels):
         biases = [jnp.zeros_like(biases[0]) if b is None else b for b in (flat.gate_bias, flat.up_bias)]
-    hidden = grouped_product(up, x, kernels, biases, plan, layer)
+    hidden = grouped_product(up, x, kernels, biases, plan, layer, after=flat.down)
     return hidden, lambda h: grouped_product(down, h, [flat.down], given(flat.down_bias), plan, layer)
 
 

@@ -83,10 +83,11 @@ class _Sizes:
         return pl.cdiv(self.width, tiling.depth)
 
 
-def grouped_product(product: Product, x, kernels, biases, plan, layer):
+def grouped_product(product: Product, x, kernels, biases, plan, layer, after=None):
     """`[tiles * rows, N]` for kernels (one or two) `[E, K, N]` or `[E, N, K]` and biases (as many, or none) `[E, N]`.
 
-    `x` `[G, K]`, or `[tiles * rows, K]` where it is tiled; `layer` int32 `[1]`. Rows of padding hold anything.
+    `x` `[G, K]`, or `[tiles * rows, K]` where it is tiled; `layer` int32 `[1]`. Rows of padding hold anything. `after`:
+    an array that is not read, but must exist before this kernel runs: what the next one loads without waiting for it.
     """
     tiling, count = product.tiling, len(kernels)
     out = kernels[0].shape[1 if product.transposed else 2]
@@ -115,7 +116,16 @@ def grouped_product(product: Product, x, kernels, biases, plan, layer):
     )
     # where nobody reads them, the choices are not even computed
     choices = plan.row_choice if product.source == "gathered" else plan.tile_expert
-    return kernel(x, *kernels, *biases, plan.tile_expert, plan.num_tiles.reshape(1), choices, layer)
+    return kernel(
+        x,
+        *kernels,
+        *biases,
+        plan.tile_expert,
+        plan.num_tiles.reshape(1),
+        choices,
+        layer,
+        layer if after is None else after,
+    )
 
 
 def _store_slots(tiling, stages, kernels):
