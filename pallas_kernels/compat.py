@@ -9,12 +9,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
 
 
+#: Whether JAX's interpreter runs our Mosaic GPU kernels; that of 0.10 knows no `layout_cast` and deadlocks.
+INTERPRETS_GPU = hasattr(plgpu, "InterpretGPUParams")
+
+
 def interpret_gpu() -> Any:
     """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter."""
-    if not hasattr(plgpu, "InterpretGPUParams"):  # jax 0.10
-        from jax._src.pallas.mosaic_gpu.interpret import params
-
-        return params.InterpretGPUParams()
     return plgpu.InterpretGPUParams()
 
 

@@ -19,7 +19,9 @@ OPERATION = Operation(
         "mosaic_gpu": Implementation(mosaic_gpu.routed_mlp, mosaic_gpu.refuse, platform="cuda"),
         "xla_tiles": Implementation(xla_tiles.routed_mlp),
         "xla_ragged": Implementation(xla_ragged.routed_mlp, by_choice=False),
-        "mosaic_gpu_interpreted": Implementation(mosaic_gpu.interpreted, mosaic_gpu.refuse, by_choice=False),
+        "mosaic_gpu_interpreted": Implementation(
+            mosaic_gpu.interpreted, mosaic_gpu.refuse_interpreted, by_choice=False
+        ),
     },
 )
 

@@ -41,6 +41,13 @@ def refuse(x, ids, weights, experts, plan, layer) -> str | None:
     return unsuited_device()
 
 
+def refuse_interpreted(*args) -> str | None:
+    """The same of the interpreted kernels."""
+    if not compat.INTERPRETS_GPU:
+        return f"JAX's interpreter runs these kernels from 0.11 on, this is JAX {jax.__version__}"
+    return refuse(*args)
+
+
 def unsuited_device() -> str | None:
     """Why the device that is traced for cannot run wgmma; None for Hopper, and where it is not known."""
     kind = compat.device_kind()
