@@ -9,7 +9,7 @@ import pytest
 
 # Machine code without LLVM's optimisations and, where XLA still has them, by the older emitters: compiling is most of
 # the tests' time, and takes a half to a third of it. MOE_JAX_TESTS_OPTIMIZED=1 compiles as users do, which CI does for
-# the slow tests.
+# layers, generation and kernels.
 if not os.environ.get("MOE_JAX_TESTS_OPTIMIZED"):
     jax.config.update("jax_disable_most_optimizations", True)
     if jax.__version_info__ < (0, 11):  # XLA ends the process if it does not know a flag
