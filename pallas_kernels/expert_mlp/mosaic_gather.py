@@ -100,7 +100,7 @@ def gather_rows(x, row_choice, stage, barriers, slot, first_row, column, choices
         barrier = at(mgpu.utils.memref_ptr(barriers), shared, arith.muli(slot, c(_BARRIER_BYTES)))
         _asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", "r", barrier)
 
-    start(x, row_choice, stage, barriers, slot, first_row, column)
+    start(x, row_choice, stage, barriers, *_words(slot, first_row, column))
 
 
 def wait_for_rows(barriers, slot, phase):
@@ -118,7 +118,12 @@ def wait_for_rows(barriers, slot, phase):
         )
         _asm(" ".join(lines), "r,r,r", mgpu.utils.memref_ptr(barriers), offset, phase)
 
-    wait(barriers, slot, phase)
+    wait(barriers, *_words(slot, phase))
+
+
+def _words(*values):
+    """Indices in 32 bits, also where 64 are enabled."""
+    return [jnp.asarray(value, jnp.int32) for value in values]
 
 
 def _constant(value, kind=None):

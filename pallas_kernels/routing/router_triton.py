@@ -78,7 +78,7 @@ def moe_jax_routing_product(x_ref, weight_ref, out_ref, *, depth):
     (tokens, width), experts = x_ref.shape, weight_ref.shape[1]
     row = lax.iota(jnp.int32, max(_ROWS, pl.next_power_of_2(tokens)))
     strips, size = pl.cdiv(experts, _COLUMNS), max(_ROWS, min(_COLUMNS, pl.next_power_of_2(experts)))
-    part, strip = lax.div(pl.program_id(0), strips), lax.rem(pl.program_id(0), strips)
+    part, strip = lax.div(pl.program_id(0), jnp.int32(strips)), lax.rem(pl.program_id(0), jnp.int32(strips))
     column = strip * size + lax.iota(jnp.int32, size)
     total = jnp.zeros((row.shape[0], size), jnp.float32)
     for step in range(depth // _DEPTH):

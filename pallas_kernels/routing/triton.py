@@ -201,10 +201,11 @@ def _take(rank, k, expert, logits):
         best = jnp.max(rank, axis=1)
         first = jnp.min(jnp.where(rank == best[:, None], expert, jnp.iinfo(jnp.int32).max), axis=1)
         hit = expert == first[:, None]
+        own = hit & (rank == best[:, None])  # a column of padding may go by the number of an expert of another group
         rank = jnp.where(hit, _TAKEN, rank)
         ids = jnp.where(choice == turn, first[:, None], ids)
         if logits is not None:
-            value = jnp.sum(jnp.where(hit, logits, 0), axis=1)
+            value = jnp.sum(jnp.where(own, logits, 0), axis=1)
             chosen = jnp.where(choice == turn, value[:, None], chosen)
     return ids, chosen
 
