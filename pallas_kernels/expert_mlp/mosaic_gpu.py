@@ -43,9 +43,8 @@ def refuse(x, ids, weights, experts, plan, layer) -> str | None:
 
 def refuse_interpreted(*args) -> str | None:
     """The same of the interpreted kernels."""
-    if not compat.INTERPRETS_GPU:
-        return f"JAX's interpreter runs these kernels from 0.11 on, this is JAX {jax.__version__}"
-    return refuse(*args)
+    old = f"JAX's interpreter runs these kernels from 0.11 on, this is JAX {jax.__version__}"
+    return refuse(*args) or (None if compat.INTERPRETS_GPU else old)
 
 
 def unsuited_device() -> str | None:
