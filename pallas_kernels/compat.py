@@ -15,7 +15,8 @@ INTERPRETS_GPU = hasattr(plgpu, "InterpretGPUParams")
 
 def interpret_gpu() -> Any:
     """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter."""
-    return plgpu.InterpretGPUParams()
+    module: Any = plgpu  # jax 0.10's has no such name
+    return module.InterpretGPUParams()
 
 
 def load_registers(ref: Any, layout: Any) -> jax.Array:
