@@ -13,7 +13,7 @@ from cuda import H100, lowered, mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import ACTIVATIONS, Activation, Experts, make_plan, moe_block, routed_mlp
+from pallas_kernels import ACTIVATIONS, Activation, Experts, compat, make_plan, moe_block, routed_mlp
 from pallas_kernels.expert_mlp import mosaic_gpu
 from pallas_kernels.expert_mlp.api import OPERATION
 from pallas_kernels.expert_mlp.mosaic_kernel import Tiling
@@ -159,6 +159,11 @@ class TestRefusals:
     )
     def test_other_gpus(self, kind):
         self.refused(operands(*SMALL), rf"needs a Hopper GPU \(H100, H200\), the program is made for {kind}", kind)
+
+    @pytest.mark.skipif(compat.INTERPRETS_GPU, reason="jax 0.10's")
+    def test_an_old_interpreter(self):
+        with pytest.raises(ValueError, match="JAX's interpreter runs these kernels from 0.11 on, this is JAX 0.10"):
+            lowered(functools.partial(named, implementation="mosaic_gpu_interpreted"), *operands(*SMALL))
 
     def test_other_platforms(self):
         with pytest.raises(ValueError, match="routed_mlp as 'mosaic_gpu' runs on cuda, the program is made for cpu"):
