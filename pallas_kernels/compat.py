@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters
+# required in 0.10, deprecated in 0.11, gone in 0.12
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_TAKES_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
 
 
 #: Whether JAX's interpreter runs our Mosaic GPU kernels; that of 0.10 knows no `layout_cast` and deadlocks.
