@@ -2,12 +2,13 @@
 
 import concurrent.futures
 import contextvars
+import json
 
 import jax
 import numpy as np
 import pytest
 from compare import check
-from conftest import golden_cases
+from conftest import GOLDEN, golden_cases
 from core_models import folder, golden_arrays, golden_model, only
 
 import moe_jax
@@ -114,7 +115,11 @@ def test_greedy_ids_equal_transformers(case, runs):
 def test_prefill_then_decode_equals_one_forward(case, runs):
     _, out, steps, again = runs[case].result()
     assert steps.shape == (24, 1, golden_model(case).architecture.vocab_size)
-    np.testing.assert_allclose(steps[:10, 0], again.logits[0, 7:], atol=2e-5, rtol=0)
+    # Two float32 computations: where float32 itself is far from float64 (1.4e-5 for gpt_oss_mxfp4, whose logits differ
+    # by 2.9e-5 here on a CPU with AVX-512), each may be as far.
+    meta = json.loads((GOLDEN / "hf" / case / "meta.json").read_text())
+    atol = max(2e-5, 2.5 * meta["max_abs_diff_float32_vs_float64"]["logits"])
+    np.testing.assert_allclose(steps[:10, 0], again.logits[0, 7:], atol=atol, rtol=0)
     for chosen, layer in zip(out.expert_ids, again.expert_ids, strict=True):
         np.testing.assert_array_equal(chosen[0, :17], layer[0])
         assert (chosen[0, -1] == -1).all() and (chosen[0, :-1] >= 0).all()
