@@ -1,7 +1,7 @@
 """Benchmarks behind `moe-jax bench`: each checks its results, then times them against a named baseline.
 
 `block` (the MoE block, and its cost as experts are added), `decode` (greedy generation), `load` (time and memory of
-loading) on a CPU; `timing` and `table` are what they share, `torch_baseline` is the only place that imports torch.
+loading) on a CPU; `timing` and `table` are what they share, `torch_baseline` is what they compare with.
 
 For models' shapes and on accelerators: `accelerator` runs `device_block` (the block as `shapes` and `inputs` define it,
 timed by `programs`, checked by `numerics`) and `device_routing`, against `jax_baselines`, `torch_block` and what is
