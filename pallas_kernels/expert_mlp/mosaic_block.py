@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ..compat import load_registers
-from .mosaic_gather import gather_rows, initialize, wait_for_rows
+from .mosaic_gather import find_rows, gather_rows, initialize, wait_for_rows
 
 _I32 = jnp.int32
 _PRODUCER_REGISTERS, _REGISTERS = 56, 504  # per thread, of all warpgroups together
@@ -139,6 +139,9 @@ def _produce(product, sizes, refs, work):
     def load_piece(i, expert):
         tile, column = work.piece(i)
         following = work.expert(i + 1)  # asked for early: the answer takes a while
+        if product.source == "gathered":
+            start = tile * tiling.rows
+            found = find_rows(refs.x, refs.row_choice, start, tiling.rows, tiling.depth, product.choices)
 
         @pl.loop(0, steps)
         def _(k):
@@ -160,9 +163,7 @@ def _produce(product, sizes, refs, work):
             if product.source != "gathered":
                 load_rows(tile, k, slot)
             else:
-                start = tile * tiling.rows, k * tiling.depth
-                stage = refs.x_s.at[slot], refs.rows[0], slot
-                gather_rows(refs.x, refs.row_choice, *stage, *start, product.choices)
+                gather_rows(refs.x, found, refs.x_s.at[slot], refs.rows[0], slot, k * tiling.depth)
 
         return following
 

@@ -6,12 +6,13 @@ wgmma wants them: tiles of 8 rows x 128 bytes, in which the 16-byte pieces of ro
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, vector
 
-_THREADS = 128
+_THREADS = 128  # of a warpgroup
 _PIECE = 16  # bytes, the most that cp.async copies
 _ROW_BYTES = 128  # of a swizzled tile
 _SCALAR = plgpu.Layout.WG_SPLAT
@@ -45,62 +46,99 @@ def initialize(barriers):
     start(barriers)
 
 
-def gather_rows(x, row_choice, stage, barriers, slot, first_row, column, choices):
-    """Start copying `x[row_choice[first_row + r] // choices, column:]` to row r of `stage [rows, depth]`.
-
-    Barrier `slot` completes a phase when all is there, see `wait_for_rows`. Rows of padding (choices beyond those of
-    x) and columns beyond the end of x come as zeros.
-    """
+def find_rows(x, row_choice, first_row, rows, depth, choices):
+    """Where the rows of a tile lie in `x`, for `gather_rows`: of every piece that a thread copies per stage, how many
+    pieces lie before it at column 0; -1 for rows of padding (choices beyond those of x)."""
     tokens, width = x.shape
-    rows, depth = stage.shape
-    per_row = depth * x.dtype.itemsize // _PIECE
-    elements = _PIECE // x.dtype.itemsize
-    at_once = _THREADS // per_row
+    elements, per_row, at_once, turns = _sharing(x.dtype, rows, depth)
+    layout = _pieces(turns)
+    found = plgpu.ShapeDtypeStruct((turns * _THREADS,), jnp.int32, layout=layout)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _STAGE, plgpu.RefType(), _SCALAR, _SCALAR, _SCALAR))
-    def start(ctx, x, row_choice, stage, barriers, slot, first_row, column):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR), return_type=found)
+    def find(ctx, row_choice, first_row):
         del ctx
         c, word, long = _constant, ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        slot, first_row, column = (value.registers.item() for value in (slot, first_row, column))
+        first_row, from_choice = first_row.registers.item(), mgpu.utils.memref_ptr(row_choice)
         thread = arith.remui(mgpu.utils.thread_idx(), c(_THREADS))
         piece, row = arith.remui(thread, c(per_row)), arith.divui(thread, c(per_row))
-        column = arith.addi(column, arith.muli(piece, c(elements)))
-        inside = arith.cmpi(arith.CmpIPredicate.ult, column, c(width))
-        # where the piece lies within its row: which 128-byte tile, and which piece of it
-        within = arith.remui(piece, c(_ROW_BYTES // _PIECE))
-        tile = arith.divui(piece, c(_ROW_BYTES // _PIECE))
-        from_x, from_choice = (mgpu.utils.memref_ptr(ref) for ref in (x, row_choice))
-        to = mgpu.utils.memref_ptr(stage)
-        generic, shared = ir.Type.parse("!llvm.ptr"), ir.Type.parse("!llvm.ptr<3>")
-
-        def at(pointer, kind, offset):
-            return llvm.getelementptr(kind, pointer, [offset], [-(2**31)], ir.IntegerType.get_signless(8), 0)
-
-        for turn in range(-(-rows // at_once)):
-            partial = rows < (turn + 1) * at_once
-            mine = arith.cmpi(arith.CmpIPredicate.ult, row, c(rows))
-            position = arith.addi(first_row, arith.select(mine, row, c(0)) if partial else row)
-            address = at(from_choice, generic, arith.muli(arith.extui(long, position), c(4, long)))
+        found = []
+        for turn in range(turns):
+            own = arith.addi(row, c(turn * at_once))
+            # threads that have no row in the last turn look at the tile's last one
+            position = arith.addi(first_row, arith.minui(own, c(rows - 1)))
+            address = _at(from_choice, _GENERIC, arith.muli(arith.extui(long, position), c(4, long)))
             token = arith.divui(llvm.load(word, address), c(choices))
-            real = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.ult, token, c(tokens)))
-            token = arith.select(real, token, c(0))
-            offset = arith.addi(arith.muli(arith.extui(long, token), c(width, long)), arith.extui(long, column))
-            source = at(from_x, generic, arith.muli(offset, c(_PIECE // elements, long)))
-            eighth = arith.remui(row, c(8))
-            block = arith.addi(arith.muli(arith.divui(row, c(8)), c(depth * (_PIECE // elements) // _ROW_BYTES)), tile)
-            target = arith.addi(arith.muli(block, c(8 * _ROW_BYTES)), arith.muli(eighth, c(_ROW_BYTES)))
-            target = arith.addi(target, arith.muli(arith.xori(within, eighth), c(_PIECE)))
+            before = arith.addi(arith.muli(token, c(width // elements)), piece)
+            before = arith.select(arith.cmpi(arith.CmpIPredicate.ult, token, c(tokens)), before, c(-1))
+            found.append(vector.broadcast(ir.VectorType.get((1,), word), before))
+        registers = np.array(found, dtype=object).reshape(turns, 1)
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout.to_mgpu(), _is_signed=True)
+
+    return find(row_choice, *_words(first_row))
+
+
+def gather_rows(x, found, stage, barriers, slot, column):
+    """Start copying the rows `found`, from `column` on, to `stage [rows, depth]`.
+
+    Barrier `slot` completes a phase when all is there, see `wait_for_rows`. Rows of padding and columns beyond the end
+    of x come as zeros.
+    """
+    width = x.shape[1]
+    rows, depth = stage.shape
+    elements, per_row, at_once, turns = _sharing(x.dtype, rows, depth)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _pieces(turns), _STAGE, plgpu.RefType(), _SCALAR, _SCALAR))
+    def start(ctx, x, found, stage, barriers, slot, column):
+        del ctx
+        c, long = _constant, ir.IntegerType.get_signless(64)
+        slot, column = slot.registers.item(), column.registers.item()
+        thread = arith.remui(mgpu.utils.thread_idx(), c(_THREADS))
+        piece, row = arith.remui(thread, c(per_row)), arith.divui(thread, c(per_row))
+        # where the piece lies: in which 128-byte tile of its row, and which piece of that
+        tile, within = (part(piece, c(_ROW_BYTES // _PIECE)) for part in (arith.divui, arith.remui))
+        eighth, block = arith.remui(row, c(8)), arith.divui(row, c(8))
+        block = arith.addi(arith.muli(block, c(depth * _PIECE // elements // _ROW_BYTES)), tile)
+        target = arith.addi(arith.muli(block, c(8 * _ROW_BYTES)), arith.muli(eighth, c(_ROW_BYTES)))
+        target = arith.addi(target, arith.muli(arith.xori(within, eighth), c(_PIECE)))
+        target = _at(mgpu.utils.memref_ptr(stage), _SHARED, target)
+        source = _at(
+            mgpu.utils.memref_ptr(x), _GENERIC, arith.muli(arith.extui(long, column), c(_PIECE // elements, long))
+        )
+        inside = None
+        if width % depth:
+            last = arith.addi(column, arith.muli(piece, c(elements)))
+            inside = arith.cmpi(arith.CmpIPredicate.ult, last, c(width))
+        for turn, before in enumerate(found.registers.flat):
+            before = vector.extract(before, dynamic_position=[], static_position=[0])
+            real = arith.cmpi(arith.CmpIPredicate.sge, before, c(0))
+            real = real if inside is None else arith.andi(real, inside)
+            offset = arith.muli(arith.extsi(long, arith.select(real, before, c(0))), c(_PIECE, long))
             size = arith.select(real, c(_PIECE), c(0))
-            copy = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
-            if partial:  # fewer rows are left than the threads could copy
-                copy = "{ .reg .pred p; setp.lt.u32 p, $3, " + f"{rows}; @p {copy}" + " }"
-            operands = at(to, shared, target), source, size, *([row] if partial else [])
-            _asm(copy, "r,l,r,r" if partial else "r,l,r", *operands)
-            row = arith.addi(row, c(at_once))
-        barrier = at(mgpu.utils.memref_ptr(barriers), shared, arith.muli(slot, c(_BARRIER_BYTES)))
+            # at_once rows further on: all threads move by as many whole blocks of 8 rows
+            further = turn * at_once * depth * (_PIECE // elements)
+            copy = f"cp.async.cg.shared.global [$0+{further}], [$1], 16, $2;"
+            operands, kinds = [target, _at(source, _GENERIC, offset), size], "r,l,r"
+            if rows < (turn + 1) * at_once:  # fewer rows are left than the threads could copy
+                copy = "{ .reg .pred p; setp.lt.u32 p, $3, " + f"{rows - turn * at_once}; @p {copy}" + " }"
+                operands, kinds = [*operands, row], kinds + ",r"
+            _asm(copy, kinds, *operands)
+        barrier = _at(mgpu.utils.memref_ptr(barriers), _SHARED, arith.muli(slot, c(_BARRIER_BYTES)))
         _asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", "r", barrier)
 
-    start(x, row_choice, stage, barriers, *_words(slot, first_row, column))
+    start(x, found, stage, barriers, *_words(slot, column))
+
+
+def _sharing(dtype, rows, depth):
+    """How a stage is shared out: elements of a piece, pieces per row, rows that all threads copy at once, turns."""
+    elements = _PIECE // dtype.itemsize
+    per_row = depth // elements
+    at_once = _THREADS // per_row
+    return elements, per_row, at_once, -(-rows // at_once)
+
+
+def _pieces(turns):
+    """Layout of one number per thread and turn."""
+    return plgpu.Layout.WG_STRIDED((turns * _THREADS,), vec_size=1)
 
 
 def wait_for_rows(barriers, slot, phase):
@@ -119,6 +157,15 @@ def wait_for_rows(barriers, slot, phase):
         _asm(" ".join(lines), "r,r,r", mgpu.utils.memref_ptr(barriers), offset, phase)
 
     wait(barriers, *_words(slot, phase))
+
+
+_GENERIC, _SHARED = "!llvm.ptr", "!llvm.ptr<3>"
+
+
+def _at(pointer, kind, offset):
+    """`offset` bytes further on."""
+    byte = ir.IntegerType.get_signless(8)
+    return llvm.getelementptr(ir.Type.parse(kind), pointer, [offset], [-(2**31)], byte, 0)
 
 
 def _words(*values):

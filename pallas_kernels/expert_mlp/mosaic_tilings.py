@@ -28,12 +28,12 @@ def choose(tokens, choices, experts, rows=None) -> Tilings:
     if rows <= 64:  # reading the weights is all the time there is: strips that go around evenly, deep rings
         large = experts.hidden >= 2048
         up = Tiling(rows, columns, 64, 5, 2, 1) if large else Tiling(rows, columns // 2, 128, 3, 1, 1)
-        down = Tiling(rows, 128, 64, 4, 2, 1, blocks=2) if large or rows > 8 else Tiling(rows, 64, 128, 6, 1, 1)
+        wide = (large or rows > 8) and tokens > 1  # of one token, wide strips would not go around
+        down = Tiling(rows, 128, 64, 4, 2, 1, blocks=2) if wide else Tiling(rows, 64, 128, 6, 1, 1)
     elif mean <= 200:
         up, down = Tiling(rows, columns, stages=3), Tiling(rows, 256, stages=3)
     else:
-        group = 8 if mean <= 600 else 16
-        up, down = Tiling(rows, columns, group=group), Tiling(rows, 256, group=group)
+        up, down = Tiling(rows, columns, group=8 if mean <= 600 else 16), Tiling(rows, 256)
     return Tilings(_fit(up, experts.hidden), _fit(down, experts.width))
 
 
