@@ -39,7 +39,7 @@ class Request:
     @property
     def pace(self) -> Pace:
         """The usual bursts on an accelerator; on a CPU, which has nothing to start ahead, short ones."""
-        return Pace(self.samples) if self.device.platform != "cpu" else Pace(self.samples, burst=1e-3)
+        return Pace(self.samples) if self.device.platform != "cpu" else Pace(self.samples, burst=1e-3, warm=0.0)
 
 
 def run(request: Request, json: str | None = None) -> int:

@@ -1,8 +1,7 @@
 """The MoE block on an accelerator: `pallas_kernels.moe_block` and baselines, for shapes of models.
 
-A program runs the block over several inputs, so that weights do not stay in the cache, and is started several times
-without waiting, so that the time to start it is not counted; it is written once as one block after the other and once
-as a loop, and the lower time counts.
+A program runs the block over several inputs, one after the other, so that weights do not stay in the cache, and is
+started several times without waiting, so that the time to start it is not counted.
 """
 
 import dataclasses
@@ -22,13 +21,12 @@ from pallas_kernels.expert_mlp.api import OPERATION
 from . import jax_baselines, recorded
 from .inputs import PICKS, SCALE, Inputs, count
 from .numerics import Standard, expected
-from .programs import Compiler, Pace, back_to_back, loop
+from .programs import Compiler, Pace, back_to_back
 from .shapes import MoEShape
 from .table import Row
 from .timing import Ceilings
 
 OURS = "moe_jax"
-_WAYS = {"back to back": back_to_back, "loop": loop}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +52,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """Something to time, or the `reason` why it cannot be; `programs`: futures by the way that they loop."""
+    """Something to time, or the `reason` why it cannot be; futures of its `program` and of one block by itself."""
 
     name: str
     ours: bool
     reason: str = ""
-    programs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    program: Any = None
     single: Any = None
 
 
@@ -78,7 +76,7 @@ def run(shape: MoEShape, tokens: Sequence[int], options: Options) -> Iterator[li
         picks = {g: inputs.picks(g) for g in tokens}
         wait(singles.values())
         for one in (one for cell in cells.values() for one in cell):  # compiling would disturb timing
-            wait(one.programs.values())
+            wait([one.program] if one.program else [])
         weights = jax.device_put(inputs.router, options.device), draw.result().call()
         for g, cell in cells.items():
             wanted = _standard(standard.result().call, inputs, g, picks[g], weights)
@@ -154,9 +152,7 @@ def _singles(shape, tokens, weights, options, compiler) -> dict[tuple[int, str],
 
 def _submit(shape, tokens, weights, singles, options, compiler) -> list[_Candidate]:
     """Candidates of a cell, ours first, their programs on the way."""
-    n = count(tokens)
-    x = jax.ShapeDtypeStruct((tokens, shape.width), options.dtype)
-    arguments = {"back to back": [x] * n, "loop": jax.ShapeDtypeStruct((n, *x.shape), x.dtype)}
+    inputs = [jax.ShapeDtypeStruct((tokens, shape.width), options.dtype)] * count(tokens)
     named = _names(shape, tokens, options)
     found: list[tuple[str, Callable | str]] = [(f"{OURS} {name}", ours(shape, given)) for name, given in named.items()]
     if options.baselines:
@@ -168,8 +164,8 @@ def _submit(shape, tokens, weights, singles, options, compiler) -> list[_Candida
         if isinstance(block, str):
             cell.append(_Candidate(name, mine, block))
             continue
-        ways = {way: compiler.submit(make(block), arguments[way], *weights) for way, make in _WAYS.items()}
-        cell.append(_Candidate(name, mine, "", ways, singles.get((tokens, name))))
+        program = compiler.submit(back_to_back(block), inputs, *weights)
+        cell.append(_Candidate(name, mine, "", program, singles.get((tokens, name))))
     return cell
 
 
@@ -197,23 +193,18 @@ def _measure(shape, tokens, candidate, inputs, picks, standard, weights, options
     try:
         if candidate.reason:
             raise ValueError(candidate.reason)
-        times = {}
-        for way, future in candidate.programs.items():
-            x = jax.device_put(list(stacked) if way == "back to back" else stacked, options.device)
-            call = functools.partial(future.result().call, x, *weights)
-            # slicing happens on the host: each new shape would be compiled
-            outputs = jax.device_get(call())
-            error = standard.check(np.stack([outputs[i][row] for i, row in picks]), candidate.ours)
-            values["relative error"] = max(error, values.get("relative error", 0.0))
-            times[way] = options.pace.measure(call)
+        x = jax.device_put(list(stacked), options.device)
+        call = functools.partial(candidate.program.result().call, x, *weights)
+        # slicing happens on the host: each new shape would be compiled
+        outputs = jax.device_get(call())
+        values["relative error"] = standard.check(np.stack([outputs[i][row] for i, row in picks]), candidate.ours)
+        time = options.pace.measure(call)
         compile_ms = 1e3 * candidate.single.result().seconds if candidate.single else None
     except Exception as error:  # also what XLA raises: a failure is a result, and others are still to be measured
         return failure(about | {"values": values}, error)
-    way = min(times, key=lambda way: times[way].median)
-    seconds = times[way].median / len(stacked)
-    values |= {"rounding's error": standard.rounding, "samples": len(times[way].samples)}
-    values |= {f"{other}, us": 1e6 * time.median / len(stacked) for other, time in times.items()}
-    note = way + (f"; without {', '.join(shape.left_out)}" if shape.left_out else "")
+    seconds = time.median / len(stacked)
+    values |= {"rounding's error": standard.rounding, "samples": len(time.samples)}
+    note = f"without {', '.join(shape.left_out)}" if shape.left_out else ""
     row = Row(**about, steady_ms=1e3 * seconds, compile_ms=compile_ms, values=values, note=note)
     return judged(row, shape, options)
 

@@ -14,13 +14,12 @@ from pallas_kernels.plan.api import OPERATION as PLAN
 from pallas_kernels.routing.api import OPERATION as ROUTE
 
 from .device_block import OURS, Options, failure
-from .programs import Compiler, back_to_back, loop
+from .programs import Compiler, back_to_back
 from .shapes import MoEShape
 from .table import Row
 
 #: The chain that the others are compared with: softmax, top-k, sort.
 CHAIN = "xla"
-_WAYS = {"back to back": back_to_back, "loop": loop}
 _OUTPUTS = ("ids", "weights", "slot", "row_choice", "tile_expert", "num_tiles")
 #: Logits closer than this may be ranked either way.
 _TIE = 1e-5
@@ -72,17 +71,15 @@ def run(shape: MoEShape, tokens: Sequence[int], options: Options) -> list[Row]:
 
 
 def _logits(shape: MoEShape, tokens: int) -> np.ndarray:
-    n = 16 if tokens <= 1024 else 4
+    n = 64 if tokens <= 128 else 16 if tokens <= 1024 else 4
     return np.random.default_rng(tokens).standard_normal((n, tokens, shape.experts), np.float32)
 
 
 def _submit(shape: MoEShape, logits: np.ndarray, name: str, compiler: Compiler) -> dict[str, Any]:
     n, tokens, _ = logits.shape
     one = jax.ShapeDtypeStruct(logits.shape[1:], logits.dtype)
-    arguments = {"back to back": [one] * n, "loop": jax.ShapeDtypeStruct(logits.shape, logits.dtype)}
     run = step(shape, tokens, name)
-    programs = {way: compiler.submit(make(run), arguments[way]) for way, make in _WAYS.items()}
-    return programs | {"single": compiler.submit(run, one)}
+    return {"all": compiler.submit(back_to_back(run), [one] * n), "single": compiler.submit(run, one)}
 
 
 def _measure(shape, logits, name, futures, wanted, options) -> Row:
@@ -97,27 +94,20 @@ def _measure(shape, logits, name, futures, wanted, options) -> Row:
         tokens=tokens,
     )
     try:
-        times = {}
-        for way in _WAYS:
-            x = jax.device_put(list(logits) if way == "back to back" else logits, options.device)
-            call = functools.partial(futures[way].result().call, x)
-            outputs = jax.device_get(call())
-            # of the loop, stacked outputs; of the other, a tuple for each input
-            got = list(zip(*outputs, strict=True)) if way == "loop" else outputs
-            if not wanted:
-                check_choices(shape, logits, got)
-                wanted += got
-            check_equal(wanted, got)
-            times[way] = options.pace.measure(call)
+        call = functools.partial(futures["all"].result().call, jax.device_put(list(logits), options.device))
+        got = jax.device_get(call())
+        if not wanted:
+            check_choices(shape, logits, got)
+            wanted += got
+        check_equal(wanted, got)
+        time = options.pace.measure(call)
     except Exception as error:  # a failure is a result, and others are still to be measured
         return failure(about, error)
-    way = min(times, key=lambda way: times[way].median)
     return Row(
         **about,
-        steady_ms=1e3 * times[way].median / n,
+        steady_ms=1e3 * time.median / n,
         compile_ms=1e3 * futures["single"].result().seconds,
-        values={"inputs": n} | {f"{other}, us": 1e6 * time.median / n for other, time in times.items()},
-        note=way,
+        values={"inputs": n},
     )
 
 
