@@ -14,6 +14,7 @@ from pallas_kernels.plan.api import OPERATION as PLAN
 from pallas_kernels.routing.api import OPERATION as ROUTE
 
 from .device_block import OURS, Options, failure
+from .kernels import ALONE, kernel_seconds
 from .programs import Compiler, back_to_back
 from .shapes import MoEShape
 from .table import Row
@@ -101,13 +102,15 @@ def _measure(shape, logits, name, futures, wanted, options) -> Row:
             wanted += got
         check_equal(wanted, got)
         time = options.pace.measure(call)
+        gpu = options.device.platform == "gpu"
+        alone = {ALONE: 1e6 * sum(kernel_seconds(call).values()) / n} if gpu else {}
     except Exception as error:  # a failure is a result, and others are still to be measured
         return failure(about, error)
     return Row(
         **about,
         steady_ms=1e3 * time.median / n,
         compile_ms=1e3 * futures["single"].result().seconds,
-        values={"inputs": n},
+        values={"inputs": n} | alone,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from . import recorded
 from .device_block import OURS
+from .kernels import ALONE
 from .table import Row
 
 
@@ -56,6 +57,7 @@ _EXTRA = {
     "ours: times as fast as the best recorded": lambda row: row.values.get("times the best's speed (recorded)"),
     "ours: share of 700 TFLOP/s and 3.097 TB/s": lambda row: row.values.get("share of fixed ceilings"),
     "ours: error / rounding's": lambda row: _ratio(row),
+    f"ours: {ALONE}": lambda row: row.values.get(ALONE),
     "ours: compile one, s": lambda row: None if row.compile_ms is None else row.compile_ms / 1e3,
 }
 

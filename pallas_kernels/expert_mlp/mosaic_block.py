@@ -243,13 +243,13 @@ def _erf(x):
 
 def _store(refs, y, row, column, warpgroup):
     """`y [share, rows]`, transposed, to the output; in parts that take turns in the staging memory."""
-    _, slots, rows, columns = refs.out_s.shape
-    parts = [(c, r) for c in range(y.shape[0] // columns) for r in range(y.shape[1] // rows)]
+    _, slots, most, columns = refs.out_s.shape
+    parts = [(c, r) for c in range(0, y.shape[0], columns) for r in range(0, y.shape[1], most)]
     for turn, (c, r) in enumerate(parts):
-        staged = refs.out_s.at[warpgroup, turn % slots]
+        rows = pl.ds(0, min(most, y.shape[1] - r))
+        staged = refs.out_s.at[warpgroup, turn % slots, rows]
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        part = y[c * columns : (c + 1) * columns, r * rows : (r + 1) * rows]
+        part = y[c : c + columns, r : r + rows.size]
         staged.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        to = refs.out.at[pl.ds(row + r * rows, rows), pl.ds(column + c * columns, columns)]
-        plgpu.copy_smem_to_gmem(staged, to)
+        plgpu.copy_smem_to_gmem(staged, refs.out.at[pl.ds(row + r, rows.size), pl.ds(column + c, columns)])

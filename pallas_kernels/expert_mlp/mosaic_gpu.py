@@ -88,7 +88,8 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
     """Hidden rows of the plan `[rows, F]`, and the function that makes output rows `[rows, D]` of them."""
     flat = experts.flat()
     layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
-    source = "in_place" if plan.in_place else "gathered"
+    # TMA takes x in blocks of 8 rows, or all of fewer
+    source = "in_place" if plan.in_place and (len(x) < 8 or len(x) % 8 == 0) else "gathered"
     if interpret and source == "gathered":
         x, source = x.at[plan.row_choice // ids.shape[1]].get(mode="fill", fill_value=0), "tiled"
     shared = dict(

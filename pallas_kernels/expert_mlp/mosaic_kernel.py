@@ -23,7 +23,7 @@ from .mosaic_block import block
 from .mosaic_gather import arrivals
 
 _STORE_COLUMNS = 64  # stored at once: a row of them fills the 128 bytes of a swizzled tile
-_SHARED_BYTES, _SHARED_RESERVE = 232448, 4096  # of an SM; of that, for barriers and alignment
+_SHARED_BYTES, _SHARED_RESERVE = 232448, 3072  # of an SM; of that, for barriers and alignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _store_slots(tiling, stages, kernels):
     ring = stages * 2 * tiling.depth * (tiling.rows + kernels * tiling.columns)
     room = _SHARED_BYTES // tiling.blocks - _SHARED_RESERVE - ring
     for parts in range(1, tiling.rows // 8 + 1):
-        slots, rows = min(2, parts * tiling.share // _STORE_COLUMNS), tiling.rows // parts
-        if tiling.rows % (8 * parts) == 0 and tiling.consumers * slots * rows * 2 * _STORE_COLUMNS <= room:
+        slots, rows = min(2, parts * tiling.share // _STORE_COLUMNS), 8 * pl.cdiv(tiling.rows, 8 * parts)
+        if tiling.consumers * slots * rows * 2 * _STORE_COLUMNS <= room:
             return slots, rows
     raise ValueError(f"tiling: {tiling} leaves no shared memory for stores")

@@ -108,7 +108,7 @@ def default_block(choices: int, num_experts: int) -> Block:
     Block(choices=1024, step=64, warps=8, apart=True)
     """
     columns = _columns(num_experts)
-    apart = choices * max(8, columns) > 131072
+    apart = choices * max(8, columns) > 65536
     most = max(16, min(64, 8192 // columns))
     size = min(8192, pl.next_power_of_2(pl.cdiv(choices, 128)) if apart else pl.next_power_of_2(pl.cdiv(choices, 8)))
     size = max(16, most if apart else 16, size)

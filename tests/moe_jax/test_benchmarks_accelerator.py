@@ -86,10 +86,10 @@ def test_inputs():
     assert len(everyone.picks(1)) == inputs.PICKS
 
 
-def test_pace_counts_bursts():
+def test_pace_counts_calls():
     calls: list[int] = []
     found = programs.Pace(samples=3, burst=0, warm=0).measure(lambda: calls.append(0))
-    assert len(found.samples) == 3 and len(calls) == 2 + 3 * 2
+    assert len(found.samples) == 3 and len(calls) == 2 + 16 + 3 * 2
     assert len(programs.Pace(samples=9, burst=0, warm=0, limit=-1, least=4).measure(lambda: None).samples) == 4
 
 
