@@ -16,14 +16,17 @@ def routed_mlp(x, ids, weights, experts, plan, layer):
     """See `api.routed_mlp`."""
     if plan is None:
         plan = make_plan(ids, experts.num_experts, tile_rows(*ids.shape, experts.num_experts))
-    widths = (plan.tile_rows,)
+    widths, mean = (plan.tile_rows,), ids.size / experts.num_experts
     if not plan.in_place:
         kernels = sum(w.nbytes for w in (experts.gate, experts.up, experts.down) if w is not None)
-        widths = row_widths(plan.tile_rows, ids.size / experts.num_experts, kernels / math.prod(experts.up.shape[:-2]))
+        widths = row_widths(plan.tile_rows, mean, kernels / math.prod(experts.up.shape[:-2]))
+    whole = layer is None and experts.layout == "out_in" and not experts.quantized
+    # bfloat16 would be widened for all experts at once
+    batched = batched_rows(plan.tile_rows, mean) if whole and experts.up.dtype == jnp.float32 else 0
     tiles = _tiles(plan, ids)
     first = 0 if layer is None else layer * experts.num_experts
     packed = plan.row_choice.shape[0] if plan.in_place else ids.size + plan.tile_rows
-    rows = _run_tiles(x, experts.flat(), tiles._replace(expert=tiles.expert + first), packed, widths)
+    rows = _run_tiles(x, experts.flat(), tiles._replace(expert=tiles.expert + first), packed, widths, batched)
     nowhere = plan.slot >= plan.row_choice.shape[0]
     slot = tiles.start.at[plan.slot // plan.tile_rows].get(mode="clip") + plan.slot % plan.tile_rows
     return combine(rows, jnp.where(nowhere, packed, slot), weights, x.dtype)
@@ -57,14 +60,29 @@ def tile_rows(tokens: int, choices: int, num_experts: int) -> int:
 
     Few rows in all: one row a tile, whose products read the weights in place. Otherwise tiles that hold an expert's
     rows at once even where all tokens go to few experts, since each further tile copies the weights again; at most
-    128 rows, which fill the cache. `row_widths` spares the padding.
+    128 rows, which fill the cache. `row_widths` spares the padding. From 16 rows on, multiples of 16: XLA runs others
+    slower than the next larger one.
 
     >>> tile_rows(8, 4, num_experts=32), tile_rows(32, 8, num_experts=64), tile_rows(512, 8, num_experts=64)
-    (1, 24, 128)
+    (1, 16, 128)
     """
     if tokens * choices <= min(512, 2 * num_experts):
         return 1
-    return max(8, min(128, (tokens - 1) // 8 * 8))
+    step = 16 if tokens > 16 else 8
+    return max(8, min(128, (tokens - 1) // step * step))
+
+
+def batched_rows(size: int, mean: float) -> int:
+    """How many rows of every expert to compute in one batched product instead of a loop; 0: always loop.
+
+    A batched product reads kernels where they are, the loop copies them first, which takes as long again: it pays
+    where few rows (`mean` on average) of most experts are asked for. As many rows as hardly any expert exceeds.
+
+    >>> batched_rows(16, mean=4.0), batched_rows(128, mean=16.0), batched_rows(128, mean=64.0)
+    (16, 32, 0)
+    """
+    rows = -(-math.ceil(mean + 4 * math.sqrt(mean)) // 16) * 16
+    return rows if rows <= min(size, _BATCHED_ROWS) else 0
 
 
 def row_widths(size: int, mean: float, expert_bytes: float) -> tuple[int, ...]:
@@ -73,8 +91,8 @@ def row_widths(size: int, mean: float, expert_bytes: float) -> tuple[int, ...]:
     They lie close where tiles of `mean` rows on average will end. The first may be `ROW_BY_ROW` or less: such tiles
     run each row by itself, which pays for more than one row only where the expert's kernels stay in the cache.
 
-    >>> row_widths(128, mean=64.0, expert_bytes=25e6), row_widths(24, mean=4.0, expert_bytes=25e6)
-    ((32, 64, 80, 96, 128), (1, 8, 24))
+    >>> row_widths(128, mean=64.0, expert_bytes=25e6), row_widths(16, mean=4.0, expert_bytes=25e6)
+    ((32, 64, 80, 96, 128), (1, 8, 16))
     """
     if size <= 8:
         return (size,)
@@ -83,10 +101,12 @@ def row_widths(size: int, mean: float, expert_bytes: float) -> tuple[int, ...]:
     elif mean <= 24:
         widths = {8, 16, 32, size}
     else:
-        widths = {-(-int(mean * part) // 8) * 8 for part in (0.5, 1, 1.25, 1.5)} | {size}
+        widths = {-(-int(mean * part) // 16) * 16 for part in (0.5, 1, 1.25, 1.5)} | {size}
     return tuple(sorted(width for width in widths if width <= size))
 
 
+#: Most rows of each expert that are computed in a batched product; beyond, the copies of kernels hardly count.
+_BATCHED_ROWS = 32
 #: Most rows of one expert that run one by one rather than as a product of 8.
 ROW_BY_ROW = 4
 #: Size of an expert that a CPU's last-level cache keeps from one row to the next.
@@ -112,17 +132,26 @@ def _on_tile(x, experts, index):
         y = _by_pieces(kernel, index, columns, wide)
         return y if bias is None else y + bias[index][:, None]
 
-    columns = x.T
+    return _mlp(product, experts, x)
+
+
+def _mlp(product, experts, rows):
+    """The expert MLP on `rows [..., rows, D]` with `product(kernel, bias, columns)`, kernels on the left.
+
+    XLA would fold the transposes into the products, and then not run them as they are written.
+    """
+    columns = jax.lax.optimization_barrier(jnp.swapaxes(rows, -1, -2))
     up = product(experts.up, experts.up_bias, columns)
     gate = None if experts.gate is None else product(experts.gate, experts.gate_bias, columns)
-    hidden = experts.activation(gate, up).astype(x.dtype)
-    return product(experts.down, experts.down_bias, hidden).astype(x.dtype).T
+    hidden = experts.activation(gate, up).astype(columns.dtype)
+    out = product(experts.down, experts.down_bias, hidden).astype(columns.dtype)
+    return jnp.swapaxes(jax.lax.optimization_barrier(out), -1, -2)
 
 
 def _by_pieces(kernels, index, columns, dtype):
     """`kernels[index] @ columns`: `kernels [E, out, in]`, `columns [in, rows]`, in pieces along `out`."""
     _, out, width = kernels.shape
-    size = piece_rows(out, width * jnp.dtype(dtype).itemsize)
+    size = piece_rows(out, width * jnp.dtype(dtype).itemsize, columns.shape[1])
     if is_quantized(kernels) and kernels.runs:
         size = out
 
@@ -137,13 +166,14 @@ def _by_pieces(kernels, index, columns, dtype):
     return jax.lax.fori_loop(0, out // size, put, jnp.zeros((out, columns.shape[1]), dtype))
 
 
-def piece_rows(out: int, row_bytes: int) -> int:
-    """Rows of a kernel that are copied at once: the largest divisor of `out` within 4 MB; all, if it is below 1 MB.
+def piece_rows(out: int, row_bytes: int, columns: int) -> int:
+    """Rows of a kernel that are copied at once, to be multiplied by `columns`: the largest divisor of `out` within 4 MB
+    (8 MB from 32 columns on); all, if it is below 1 MB.
 
-    >>> piece_rows(1024, 2048 * 4), piece_rows(1408, 2048 * 4), piece_rows(1031, 2048 * 4)
+    >>> piece_rows(1024, 2048 * 4, 8), piece_rows(1408, 2048 * 4, 8), piece_rows(1031, 2048 * 4, 8)
     (512, 352, 1031)
     """
-    pieces = max(1, -(-out * row_bytes // _PIECE_BYTES))
+    pieces = max(1, -(-out * row_bytes // (_PIECE_BYTES if columns < 32 else 2 * _PIECE_BYTES)))
     while out % pieces and out // pieces * row_bytes >= _SMALLEST_PIECE:
         pieces += 1
     return out if out % pieces else out // pieces
@@ -151,14 +181,51 @@ def piece_rows(out: int, row_bytes: int) -> int:
 
 #: A piece must stay in the cache between its copy and its use, and be worth a product of its own. Measured for D=2048,
 #: F=1024 on a busy machine: with 8 rows, 1 MB took 1.1 to 1.5 times as long as 4 MB, whole kernels (8 MB) 1.2 to 1.9
-#: times; with 80 rows, 2 to 4 MB were equal within the noise.
+#: times; with 80 rows, 2 to 4 MB were equal within the noise. On a second machine 8 MB took 0.92 times as long as 4 MB
+#: with 32 to 128 rows.
 _PIECE_BYTES = 4 << 20
 _SMALLEST_PIECE = 1 << 20
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _run_tiles(x, experts, tiles, packed, widths):
-    """Rows `[packed, D]`: each tile's expert on its tokens, with the least of `widths` rows that holds them."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _run_tiles(x, experts, tiles, packed, widths, batched):
+    """Rows `[packed, D]`: each tile's expert on its tokens.
+
+    All experts at once with `batched` rows each, if that is not 0, holds every tile and most experts have one.
+    """
+    if not batched:
+        return _loop(x, experts, tiles, packed, widths)
+    count = experts.up.shape[0]
+    used = jnp.arange(len(tiles.expert)) < tiles.num_tiles
+    tiles_of = jnp.zeros(count, jnp.int32).at[tiles.expert].add(used.astype(jnp.int32))
+    fits = (tiles_of.max() <= 1) & (jnp.where(used, tiles.length, 0).max() <= batched)
+    return jax.lax.cond(
+        fits & (3 * tiles.num_tiles >= 2 * count),
+        lambda: _batch(x, experts, tiles._replace(expert=jnp.where(used, tiles.expert, count)), packed, batched),
+        lambda: _loop(x, experts, tiles, packed, widths),
+    )
+
+
+def _batch(x, experts, tiles, packed, width):
+    """`_run_tiles` as one batched product: experts have one tile at most, tiles of expert `[E]` are not used."""
+    count, row = experts.up.shape[0], jnp.arange(width, dtype=jnp.int32)
+    token = jnp.full((count, width), len(x), jnp.int32)
+    token = token.at[tiles.expert].set(tiles.token[:, :width], mode="drop")
+
+    def product(kernel, bias, columns):
+        y = jnp.matmul(kernel, columns, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        return y if bias is None else y + bias[..., None]
+
+    out = _mlp(product, experts, _gather(x, token)).reshape(count * width, -1)
+    own = (row < tiles.length[:, None]) & (tiles.expert[:, None] < count)
+    place = jnp.where(own, tiles.start[:, None] + row, packed)
+    source = jnp.full(packed, count * width, jnp.int32)
+    source = source.at[place].set(tiles.expert[:, None] * width + row, mode="drop")
+    return _gather(out, source)
+
+
+def _loop(x, experts, tiles, packed, widths):
+    """`_run_tiles` tile by tile, each with the least of `widths` rows that holds its tokens."""
     size = tiles.token.shape[1]
 
     def at_once(width):
@@ -169,16 +236,13 @@ def _run_tiles(x, experts, tiles, packed, widths):
         return run
 
     def row_by_row(t):
-        if size == 1:
-            return at_once(1)(t)
-
         def row(r, out):
             y = _on_tile(_gather(x, tiles.token[t, r][None]), experts, tiles.expert[t])
             return jax.lax.dynamic_update_slice_in_dim(out, y, r, axis=0)
 
         return jax.lax.fori_loop(0, tiles.length[t], row, jnp.zeros((size, x.shape[1]), x.dtype))
 
-    branches = [row_by_row if width <= ROW_BY_ROW else at_once(width) for width in widths]
+    branches = [row_by_row if 1 < width <= ROW_BY_ROW else at_once(width) for width in widths]
 
     def body(t, rows):
         fitting = sum((tiles.length[t] > width).astype(jnp.int32) for width in widths[:-1])
@@ -192,16 +256,16 @@ def _gather(x, tokens):
     return x.at[tokens].get(mode="fill", fill_value=0)
 
 
-def _forward(x, experts, tiles, packed, widths):
-    return _run_tiles(x, experts, tiles, packed, widths), (x, experts, tiles)
+def _forward(x, experts, tiles, packed, widths, batched):
+    return _run_tiles(x, experts, tiles, packed, widths, batched), (x, experts, tiles)
 
 
-def _backward(packed, widths, saved, d_rows):
+def _backward(packed, widths, batched, saved, d_rows):
     """The same loop backwards, recomputing each tile; weight gradients accumulate in place in float32.
 
     Quantised kernels are constants: nothing flows to their values or scales.
     """
-    del packed, widths
+    del packed, widths, batched
     x, experts, tiles = saved
     size = tiles.token.shape[1]
 

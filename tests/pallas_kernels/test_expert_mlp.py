@@ -218,9 +218,48 @@ def test_an_idle_experts_weights_are_not_read():
     np.testing.assert_array_equal(tiles(x, ids, weights, poisoned), tiles(x, ids, weights, experts))
 
 
+@pytest.mark.parametrize("num, activation, biases", [(20, "swiglu", True), (20, "relu", False), (24, "gelu", True)])
+def test_all_experts_in_one_product(num, activation, biases):
+    """Where most experts have few rows; where some expert has too many or most are idle, the loop runs instead."""
+    tokens, choices = 60, 2
+    size = xla_tiles.tile_rows(tokens, choices, num)
+    assert xla_tiles.batched_rows(size, tokens * choices / num) == 16
+    x, ids, weights = (np.array(a) for a in make_tokens(tokens, D, num, choices, np.float32))
+    experts = make_experts(num, D, F, activation=activation, layout="out_in", biases=biases)
+    even = (np.arange(tokens * choices) % num).reshape(ids.shape)
+    cases = {
+        "even": even,
+        "as full as it gets": np.where(np.arange(tokens * choices).reshape(ids.shape) < 16, 0, 1 + even % (num - 1)),
+        "one row too many": np.where(np.arange(tokens * choices).reshape(ids.shape) < 17, 0, 1 + even % (num - 1)),
+        "two tiles of one expert": np.where(np.arange(tokens)[:, None] < 50, [0, 1], even),
+        "most are idle": ids % 8,
+        "some are idle, some take no row": np.where(even % 5 == 4, num, even),
+    }
+    for name, chosen in cases.items():
+        got = tiles(x, chosen.astype(np.int32), weights, experts)
+        assert_standard(got, x, chosen, weights, experts)
+        assert np.isfinite(got).all(), name
+
+
+def test_in_one_product_nan_stays_where_it_is():
+    """An idle expert's weights reach no row, a token's row no other."""
+    x, _, weights = (np.array(a) for a in make_tokens(60, D, 20, 2, np.float32))
+    experts = make_experts(20, D, F, layout="out_in", biases=True)
+    ids = (np.arange(120) % 15).reshape(60, 2).astype(np.int32)
+    want = tiles(x, ids, weights, experts)
+    poisoned = jax.tree.map(np.array, experts)
+    for array in jax.tree.leaves(poisoned):
+        array[15:] = np.nan
+    x[7] = np.nan
+    got = tiles(x, ids, weights, poisoned)
+    others = np.arange(60) != 7
+    np.testing.assert_array_equal(got[others], want[others])
+    assert np.isnan(got[7]).all()
+
+
 def test_kernels_read_in_pieces(monkeypatch):
     sizes = []
-    monkeypatch.setattr(xla_tiles, "piece_rows", lambda out, _: sizes.append(out) or out // 4)
+    monkeypatch.setattr(xla_tiles, "piece_rows", lambda out, *_: sizes.append(out) or out // 4)
     x, ids, weights, experts = base()
     got = jax.jit(lambda *operands: routed_mlp(*operands, implementation="xla_tiles"))(x, ids, weights, experts)
     assert set(sizes) == {D, F}
@@ -228,10 +267,11 @@ def test_kernels_read_in_pieces(monkeypatch):
 
 
 def test_a_piece_divides_the_kernel_and_fits_the_cache():
-    for out, row_bytes in itertools.product((1, 7, 768, 1024, 1031, 1408, 4096, 14336), (64, 2048, 8192, 57344)):
-        rows = xla_tiles.piece_rows(out, row_bytes)
-        assert out % rows == 0 and (rows == out or rows * row_bytes <= 4 << 20)
-    assert xla_tiles.piece_rows(14336, 16384) < 14336
+    outs = (1, 7, 768, 1024, 1031, 1408, 4096, 14336)
+    for out, row_bytes, columns in itertools.product(outs, (64, 2048, 8192, 57344), (8, 80)):
+        rows = xla_tiles.piece_rows(out, row_bytes, columns)
+        assert out % rows == 0 and (rows == out or rows * row_bytes <= (4 if columns == 8 else 8) << 20)
+    assert xla_tiles.piece_rows(14336, 16384, 80) < 14336
 
 
 def test_prepare_swaps_the_kernels_once():
