@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.quantized import dense
+from pallas_kernels.quantized import dense, is_quantized
 
 from .attention import Span, Varying
 from .block import Choice, Place, RoutingRequest, block
@@ -99,6 +99,7 @@ def decode(
 
     With a cache (already `admit`ted), entries go to its last `T` columns. `trace` also returns what each layer did.
     """
+    weights = _with_flat_outputs(weights)
     x = dense(weights["embedding"][ids])
     if architecture.learned_positions:
         x = x + weights["positions"][span.positions]
@@ -130,6 +131,19 @@ def decode(
     if cache is not None:
         cache = dataclasses.replace(cache, entries=entries)
     return x, cache, notes
+
+
+def _with_flat_outputs(weights: Weights) -> Weights:
+    """The weights with the output projections `o [L, D, N, H]` as `[L, D, N*H]`, for the loop over layers.
+
+    XLA on a CPU cannot vectorise the product of one row with a kernel whose contraction it sees as two axes, and it
+    sees two wherever the reshape is not outside of the loop (docs/decisions.md).
+    """
+    attention = weights["attention"]
+    if is_quantized(attention["o"]):
+        return weights
+    flat = attention["o"].reshape(*attention["o"].shape[:2], -1)
+    return {**weights, "attention": {**attention, "o": flat}}
 
 
 def _place(architecture: Architecture, kinds: tuple[int, ...], segment: Segment, turn: Any, offset: int) -> Place:
