@@ -37,7 +37,7 @@ def refuse(x, ids, weights, experts, plan, layer) -> str | None:
     if experts.width % _WIDTH_STEP or experts.hidden % _WIDTH_STEP:
         return f"widths must be multiples of {_WIDTH_STEP}, got D={experts.width} and F={experts.hidden}"
     if plan is not None and plan.tile_rows not in TILE_ROWS:
-        return f"tiles must have {', '.join(map(str, TILE_ROWS))} rows, the plan has {plan.tile_rows}"
+        return f"tiles must have a multiple of 8 rows up to {TILE_ROWS[-1]}, the plan has {plan.tile_rows}"
     return unsuited_device()
 
 

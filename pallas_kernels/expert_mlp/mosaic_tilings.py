@@ -27,7 +27,7 @@ def choose(tokens, choices, experts, rows=None) -> Tilings:
     columns = 128 if experts.gate is not None else 256
     if rows <= 64:  # reading the weights is all the time there is: strips that go around evenly, deep rings
         large, one = experts.hidden >= 2048, tokens == 1  # of one token, wide strips would not go around
-        up = Tiling(rows, columns // 2, 128, 5 if one else 3, 1, 1)
+        up = Tiling(rows, columns // 2, 128, 5 if large else 3, 1, 1)
         down = Tiling(rows, 64, 128, 6, 1, 1)
         if large and not one:
             up = Tiling(rows, columns, 64, 5, 2, 1)

@@ -26,6 +26,7 @@ CASES = {
         *(1, 5, 3, 64, 192),
         dict(dtype=BFLOAT16, activation="geglu", layout="out_in", biases=True, layers=(3,)),
     ),
+    "in place, but no whole blocks of 8": (13, 3, 3, 64, 64, dict(dtype=BFLOAT16, activation="gelu")),
     "k = E": (5, 3, 3, 192, 64, dict(dtype=np.float16, activation="swiglu_clamped", biases=True)),
 }
 
