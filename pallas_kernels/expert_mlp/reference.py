@@ -19,7 +19,8 @@ def expert(x: jax.Array, weights: Experts) -> jax.Array:
 
     up = product(x, weights.up, weights.up_bias)
     gate = None if weights.gate is None else product(x, weights.gate, weights.gate_bias)
-    hidden = weights.activation(gate, up).astype(x.dtype)
+    # XLA on a CPU would compute it again for every output of the next product, if that is of one row.
+    hidden = jax.lax.optimization_barrier(weights.activation(gate, up).astype(x.dtype))
     return product(hidden, weights.down, weights.down_bias).astype(x.dtype)
 
 

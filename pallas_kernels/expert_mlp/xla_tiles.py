@@ -76,12 +76,13 @@ def batched_rows(size: int, mean: float) -> int:
     """How many rows of every expert to compute in one batched product instead of a loop; 0: always loop.
 
     A batched product reads kernels where they are, the loop copies them first, which takes as long again: it pays
-    where few rows (`mean` on average) of most experts are asked for. As many rows as hardly any expert exceeds.
+    where few rows (`mean` on average) of most experts are asked for. Few experts exceed these rows; the loop runs the
+    rest.
 
     >>> batched_rows(16, mean=4.0), batched_rows(128, mean=16.0), batched_rows(128, mean=64.0)
     (16, 32, 0)
     """
-    rows = -(-math.ceil(mean + 4 * math.sqrt(mean)) // 16) * 16
+    rows = -(-math.ceil(mean + 2 * math.sqrt(mean)) // 16) * 16
     return rows if rows <= min(size, _BATCHED_ROWS) else 0
 
 
@@ -105,8 +106,8 @@ def row_widths(size: int, mean: float, expert_bytes: float) -> tuple[int, ...]:
     return tuple(sorted(width for width in widths if width <= size))
 
 
-#: Most rows of each expert that are computed in a batched product; beyond, the copies of kernels hardly count.
-_BATCHED_ROWS = 32
+#: Most rows of each expert that are computed in a batched product; beyond, padding costs more than copies of kernels.
+_BATCHED_ROWS = 48
 #: Most rows of one expert that run one by one rather than as a product of 8.
 ROW_BY_ROW = 4
 #: Size of an expert that a CPU's last-level cache keeps from one row to the next.
@@ -191,37 +192,45 @@ _SMALLEST_PIECE = 1 << 20
 def _run_tiles(x, experts, tiles, packed, widths, batched):
     """Rows `[packed, D]`: each tile's expert on its tokens.
 
-    All experts at once with `batched` rows each, if that is not 0, holds every tile and most experts have one.
+    If most experts have a tile, the first `batched` rows of each are one product, and the loop runs only the rest.
     """
     if not batched:
         return _loop(x, experts, tiles, packed, widths)
-    count = experts.up.shape[0]
     used = jnp.arange(len(tiles.expert)) < tiles.num_tiles
-    tiles_of = jnp.zeros(count, jnp.int32).at[tiles.expert].add(used.astype(jnp.int32))
-    fits = (tiles_of.max() <= 1) & (jnp.where(used, tiles.length, 0).max() <= batched)
-    return jax.lax.cond(
-        fits & (3 * tiles.num_tiles >= 2 * count),
-        lambda: _batch(x, experts, tiles._replace(expert=jnp.where(used, tiles.expert, count)), packed, batched),
-        lambda: _loop(x, experts, tiles, packed, widths),
-    )
+    first = used & (tiles.expert != jnp.roll(tiles.expert, 1)).at[0].set(True)
+    most = 3 * first.sum() >= 2 * experts.up.shape[0]
+    rows = _loop(x, experts, _beyond(tiles, first & most, used, batched), packed, widths)
+    return jax.lax.cond(most, lambda: _batch(x, experts, tiles, first, rows, batched), lambda: rows)
 
 
-def _batch(x, experts, tiles, packed, width):
-    """`_run_tiles` as one batched product: experts have one tile at most, tiles of expert `[E]` are not used."""
+def _beyond(tiles, first, used, width):
+    """The `used` tiles without the first `width` rows of those in `first`, as far as any rows are left."""
+    skipped = jnp.where(first, width, 0).astype(jnp.int32)
+    token = jnp.where(first[:, None], jnp.roll(tiles.token, -width, axis=1), tiles.token)
+    length, start = tiles.length - skipped, tiles.start + skipped
+    left = used & (length > 0)
+    order = jnp.argsort(~left, stable=True)
+    num_tiles = left.sum().astype(tiles.num_tiles.dtype)
+    return _Tiles(token[order], tiles.expert[order], length[order], start[order], num_tiles)
+
+
+def _batch(x, experts, tiles, first, rows, width):
+    """`rows` with the first `width` of each tile in `first`, at most one per expert, put in by one batched product."""
     count, row = experts.up.shape[0], jnp.arange(width, dtype=jnp.int32)
+    index = jnp.where(first, tiles.expert, count)
     token = jnp.full((count, width), len(x), jnp.int32)
-    token = token.at[tiles.expert].set(tiles.token[:, :width], mode="drop")
+    token = token.at[index].set(tiles.token[:, :width], mode="drop")
 
     def product(kernel, bias, columns):
         y = jnp.matmul(kernel, columns, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
         return y if bias is None else y + bias[..., None]
 
     out = _mlp(product, experts, _gather(x, token)).reshape(count * width, -1)
-    own = (row < tiles.length[:, None]) & (tiles.expert[:, None] < count)
-    place = jnp.where(own, tiles.start[:, None] + row, packed)
-    source = jnp.full(packed, count * width, jnp.int32)
-    source = source.at[place].set(tiles.expert[:, None] * width + row, mode="drop")
-    return _gather(out, source)
+    own = first[:, None] & (row < tiles.length[:, None])
+    place = jnp.where(own, tiles.start[:, None] + row, len(rows))
+    source = jnp.full(len(rows), count * width, jnp.int32)
+    source = source.at[place].set(index[:, None] * width + row, mode="drop")
+    return jnp.where((source < count * width)[:, None], out.at[source].get(mode="clip"), rows)
 
 
 def _loop(x, experts, tiles, packed, widths):

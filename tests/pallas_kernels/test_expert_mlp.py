@@ -220,7 +220,7 @@ def test_an_idle_experts_weights_are_not_read():
 
 @pytest.mark.parametrize("num, activation, biases", [(20, "swiglu", True), (20, "relu", False), (24, "gelu", True)])
 def test_all_experts_in_one_product(num, activation, biases):
-    """Where most experts have few rows; where some expert has too many or most are idle, the loop runs instead."""
+    """Where most experts have few rows. The loop runs rows beyond those, and all where most experts are idle."""
     tokens, choices = 60, 2
     size = xla_tiles.tile_rows(tokens, choices, num)
     assert xla_tiles.batched_rows(size, tokens * choices / num) == 16
