@@ -42,8 +42,8 @@ def row_sizes(tokens: int, mean: float) -> list[int]:
     if room <= 64:
         return sorted({min(64, 8 * math.ceil(room * part / 8)) for part in (0.75, 1, 1.4)})
     tiles = math.ceil(room / 160)
-    equal = (16 * math.ceil(room / count / 16) for count in (tiles, tiles + 1, tiles + 2))
-    return sorted({128, 144, 160} if mean > 600 else set(equal) | ({144} if mean > 100 else set()))
+    equal = (8 * math.ceil(room / count / 8) for count in (tiles, tiles + 1, tiles + 2))
+    return sorted({128, 144, 160} if mean > 600 else set(equal) | ({136, 144} if mean > 100 else set()))
 
 
 def candidates(tokens: int, mean: float) -> tuple[list[Tiling], list[Tiling]]:
