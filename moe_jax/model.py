@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dims import Array as AnyArray
 from pallas_kernels.expert_mlp.api import OPERATION
+from pallas_kernels.quantized import check_group_size
 
 from . import decoder
 from .block import RoutingRequest
 from .block_config import Architecture
 from .config import ModelConfig
-from .weights import Parameter, Weights, nested, parameters
+from .random_weights import draw, draw_int8
+from .weights import Weights, nested, parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +65,30 @@ class Model(nnx.Module):
         self.implementation = named_implementation(implementation)
 
     @classmethod
-    def initialize(cls, config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32, **options: Any) -> "Model":
-        """A model with random weights: normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases 0."""
-        table = parameters(config.architecture)
-        keys = jax.random.split(jax.random.key(seed), len(table))
-        made = {name: draw(key, name, p, dtype) for key, (name, p) in zip(keys, table.items(), strict=True)}
+    def initialize(
+        cls,
+        config: ModelConfig,
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        bits: int | None = None,
+        group_size: int | None = None,
+        **options: Any,
+    ) -> "Model":
+        """A model with random weights: normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases 0.
+
+        They are made on the default device, which never holds much more than them. `bits` 8: in int8 from the
+        beginning, as `moe_jax.quantize` with this `group_size` would give them. `options`: those of `Model`.
+        Raises `ValueError` for other `bits` and a `group_size` that is not a positive integer.
+        """
+        from .quantize import _KERNELS  # that module needs this class
+
+        if bits not in (None, 8):
+            raise ValueError(f"bits: {bits!r}; only 8 are supported")
+        check_group_size(group_size)
+        table, made = parameters(config.architecture), {}
+        for key, (name, p) in zip(jax.random.split(jax.random.key(seed), len(table)), table.items(), strict=True):
+            small = bits == 8 and name.rsplit(".", 1)[-1] in _KERNELS
+            made[name] = draw_int8(key, p, dtype, group_size) if small else draw(key, name, p, dtype)
         return cls(config, nested(made), **options)
 
     @property
@@ -123,18 +143,6 @@ def named_implementation(given: str | Mapping[str, str] | None) -> str | None:
         given = given.get("routed_mlp")
     OPERATION.check(given)  # refuses an unknown name
     return given
-
-
-def draw(key: Array, name: str, parameter: Parameter, dtype: Any) -> Array:
-    """Random weights: kernels normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases and sinks 0."""
-    shape = parameter.shape
-    leaf = name.rsplit(".", 1)[-1]
-    if "bias" in leaf or leaf == "sinks":
-        return jnp.zeros(shape, dtype)
-    if "norm" in name:
-        return jnp.ones(shape, dtype)
-    fan_in = math.prod(parameter.shape[-max(1, parameter.inputs) :])
-    return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
 
 def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, new_tokens: int = 0):

@@ -13,7 +13,7 @@ from pallas_kernels.dims import Array as AnyArray
 from pallas_kernels.expert_mlp.api import OPERATION
 
 from ..block import RoutingRequest, block, sublayer_input
-from ..model import draw
+from ..random_weights import draw
 from ..weights import nested
 from .attention import (
     Past,
