@@ -7,6 +7,7 @@ imports nothing from `moe_jax`.
 from .activations import ACTIVATIONS, Activation
 from .expert_mlp import capacity_mlp, moe_block, prepare, routed_mlp
 from .experts import Experts
+from .mxfp4 import MXFP4Array
 from .plan import Plan, make_plan
 from .quantized import QuantizedArray
 from .routing import route, route_tokens
@@ -15,6 +16,7 @@ __all__ = [
     "ACTIVATIONS",
     "Activation",
     "Experts",
+    "MXFP4Array",
     "Plan",
     "QuantizedArray",
     "capacity_mlp",

@@ -17,7 +17,7 @@ class Experts:
     Shapes: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, biases `[E, F]` and `[E, D]`, or all of them with a
     leading `[L]` for a stack of layers (then `routed_mlp` takes `layer=`). `gate` is None where the activation has
     no gate. `layout="out_in"`: kernels have their last two axes swapped, the contraction last (what `prepare` makes
-    and what checkpoints hold). Kernels may be `QuantizedArray`s, whose layout is "out_in". Building one validates the
+    and what checkpoints hold). Kernels may be `Quantized` (int8, MXFP4), whose layout is "out_in". Building one validates the
     shapes; it neither copies nor fuses, so it can be built from tracers.
 
     Raises `ValueError` naming the field and both shapes.
@@ -46,7 +46,7 @@ class Experts:
         if self.layout not in ("in_out", "out_in"):
             raise ValueError(f"layout: {self.layout!r} is neither in_out nor out_in")
         if self.layout == "in_out" and self.quantized:
-            raise ValueError("layout: int8 kernels have the contraction last, layout='out_in'")
+            raise ValueError("layout: quantised kernels have the contraction last, layout='out_in'")
         self._check_shapes()
 
     def _check_shapes(self):
@@ -93,7 +93,7 @@ class Experts:
 
     @property
     def quantized(self) -> bool:
-        """Whether any kernel is a `QuantizedArray`."""
+        """Whether any kernel is `Quantized`."""
         return any(is_quantized(w) for w in (self.gate, self.up, self.down))
 
     def flat(self) -> "Experts":

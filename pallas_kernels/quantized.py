@@ -1,4 +1,4 @@
-"""`QuantizedArray`: int8 weights and their scales, accepted wherever a kernel is."""
+"""Weights that are stored smaller than they are: what they have in common, and `QuantizedArray`, which is int8."""
 
 import dataclasses
 import math
@@ -11,9 +11,59 @@ import numpy as np
 from .dims import Array as AnyArray
 
 
+class Quantized:
+    """A kernel `[..., in]` that is stored in fewer bytes, accepted wherever a kernel is; the contraction is last.
+
+    A pytree of arrays that share their leading axes, so that `jax.tree.map` of an operation on leading axes (a slice, a
+    reshape) acts on the kernel as a whole. `scales` is the one with the fewest axes, `dtype` what the kernel stands for
+    and `dequantize` gives. `shape`, `ndim` and `size` are those of the kernel, `nbytes` what is stored.
+    """
+
+    scales: Any
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The array that this stands for, `[...]` in `dtype` (None: its own)."""
+        raise NotImplementedError
+
+    @property
+    def runs(self) -> bool:
+        """Whether scales cross rows, so that a matrix can only be taken whole."""
+        return False
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the array that this stands for."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are stored."""
+        return sum(part.nbytes for part in jax.tree.leaves(self))
+
+    def __getitem__(self, index: Any) -> Any:
+        """By integers, slices and arrays along leading axes; `IndexError` beyond those that the scales share."""
+        parts = index if isinstance(index, tuple) else (index,)
+        parts = parts[:-1] if parts and parts[-1] is Ellipsis else parts
+        if len(parts) >= self.scales.ndim or any(part is None or part is Ellipsis for part in parts):
+            kind, lead = type(self).__name__, self.scales.ndim - 1
+            raise IndexError(f"index {index}: a {kind} {self.shape} has {lead} leading axes")
+        return jax.tree.map(lambda w: w[parts], self) if parts else self
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)
-class QuantizedArray:
+class QuantizedArray(Quantized):
     """A kernel `[..., in]` in int8: `values * scales`, symmetric, the contraction last.
 
     `values` int8 `[..., in]`, several contracted axes flattened into one (then `inputs` has their lengths). `scales`
@@ -24,9 +74,7 @@ class QuantizedArray:
     - DeepSpeed's runs, fewer axes than `values`, `[*lead, groups]`: the matrix behind the leading axes, flattened, in
       `groups` equal runs.
 
-    `dtype`: what the array stands for, and `dequantize` gives. `shape`, `ndim` and `size` are those of that array,
-    `nbytes` what is stored. Values and scales have the same leading axes, so that `jax.tree.map` of an operation on
-    leading axes (a slice, a reshape) acts on the array as a whole.
+    `dtype`: what the array stands for; see `Quantized` for what it has in common with other forms.
 
     >>> w = quantize(jnp.array([[1.0, -0.5], [0.0, 4.0]]))
     >>> w.shape, w.values.tolist(), w[0].dequantize().round(2).tolist()
@@ -45,32 +93,9 @@ class QuantizedArray:
         return (*self.values.shape[:-1], *(self.inputs or self.values.shape[-1:]))
 
     @property
-    def ndim(self) -> int:
-        """Axes of the array that this stands for."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        return self.values.nbytes + self.scales.nbytes
-
-    @property
     def runs(self) -> bool:
         """Whether scales are DeepSpeed's, over runs of the flattened matrix."""
         return self.scales.ndim < self.values.ndim
-
-    def __getitem__(self, index: Any) -> "QuantizedArray":
-        """By integers, slices and arrays along leading axes; `IndexError` beyond those that the scales share."""
-        parts = index if isinstance(index, tuple) else (index,)
-        parts = parts[:-1] if parts and parts[-1] is Ellipsis else parts
-        if len(parts) >= self.scales.ndim or any(part is None or part is Ellipsis for part in parts):
-            raise IndexError(f"index {index}: an array {self.shape} in int8 has {self.scales.ndim - 1} leading axes")
-        return jax.tree.map(lambda w: w[parts], self) if parts else self
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array that this stands for, `[...]` in `dtype` (None: its own); products are formed in float32."""
@@ -97,12 +122,12 @@ class QuantizedArray:
 
 
 def is_quantized(w: Any) -> bool:
-    """Whether `w` is a `QuantizedArray`; the `is_leaf` of `jax.tree.map` over whole arrays."""
-    return isinstance(w, QuantizedArray)
+    """Whether `w` is a kernel in a smaller form; the `is_leaf` of `jax.tree.map` over whole kernels."""
+    return isinstance(w, Quantized)
 
 
 def dense(w: Any, dtype: Any = None) -> Any:
-    """`w` as it is, or dequantised to `dtype` if it is a `QuantizedArray`: the door between storage and maths.
+    """`w` as it is, or dequantised to `dtype` if it is `Quantized`: the door between storage and maths.
 
     Callers take what they need first (one layer, one expert, some rows), so that no stack is ever widened.
     """

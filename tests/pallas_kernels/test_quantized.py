@@ -88,7 +88,7 @@ def test_indexing_and_mapping_over_leaves(array):
     np.testing.assert_array_equal(one.dequantize(), wide[3])
     split = jax.tree.map(lambda w: w.reshape(2, 2, *w.shape[1:]), array)
     np.testing.assert_array_equal(split.dequantize(), wide.reshape(2, 2, 6, 10))
-    with pytest.raises(IndexError, match=r"\(4, 6, 10\) in int8 has"):
+    with pytest.raises(IndexError, match=r"\(4, 6, 10\) has"):
         array[1, 2, 3]
 
 
