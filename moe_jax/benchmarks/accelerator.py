@@ -38,8 +38,20 @@ class Request:
 
     @property
     def pace(self) -> Pace:
-        """The usual bursts on an accelerator; on a CPU, which has nothing to start ahead, short ones."""
-        return Pace(self.samples) if self.device.platform != "cpu" else Pace(self.samples, burst=1e-3, warm=0.0)
+        """The usual bursts, `samples` of them."""
+        return pace_of(self.device, self.samples)
+
+
+def pace_of(device: jax.Device, samples: int = 20) -> Pace:
+    """The usual bursts on an accelerator; on a CPU, which has nothing to start ahead, short ones."""
+    return Pace(samples) if device.platform != "cpu" else Pace(samples, burst=1e-3, warm=0.0)
+
+
+def ceilings_of(device: jax.Device, dtype: str, pace: Pace) -> Ceilings:
+    """What `device` gives, measured with arrays that its caches do not hold (on a CPU with small ones)."""
+    gigabytes, size = (0.05, 512) if device.platform == "cpu" else (4.0, 8192)
+    with Compiler(device) as compiler:
+        return accelerator_ceilings(dtype, compiler, pace, gigabytes, size)
 
 
 def run(request: Request, json: str | None = None) -> int:
@@ -54,7 +66,7 @@ def run(request: Request, json: str | None = None) -> int:
     say = lambda text: print(f"{time.perf_counter() - begin:4.0f} s  {text}", file=sys.stderr, flush=True)
     with _nothing_cached():
         rivals = _torch(request, say)
-        ceilings = _ceilings(request)
+        ceilings = ceilings_of(request.device, request.dtype, request.pace)
         say("ceilings measured")
         about, rows = machine(request.device.platform), []
         for row in _rows(request, shapes, ceilings, rivals):
@@ -91,12 +103,6 @@ def _torch(request: Request, say) -> dict[tuple[str, int], list[dict]]:
     for result in torch_block.measure(request.models, request.tokens, request.dtype, device, request.pace):
         found.setdefault((result["model"], result["tokens"]), []).append(result)
     return found
-
-
-def _ceilings(request: Request) -> Ceilings:
-    gigabytes, size = (0.05, 512) if request.device.platform == "cpu" else (4.0, 8192)
-    with Compiler(request.device) as compiler:
-        return accelerator_ceilings(request.dtype, compiler, request.pace, gigabytes, size)
 
 
 def _rows(request: Request, shapes: list[MoEShape], ceilings: Ceilings, rivals) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from . import torch_baseline
 from .block import check_close
 from .table import Row
 from .timing import Setting, Timing, in_turns, load_average, once, share
+from .work import active_experts
 
 _BARS = {1: 2.0, 8: 2.5}
 #: Tokens that the probe which picks transformers' best setting makes.
@@ -92,7 +93,7 @@ def _at(shape: ModelShape, batch: int, run: Run, model: Model, peer: Any, settin
     # Prefill and one token apart: the difference is what `new - 1` steps take.
     timed = {f"{name} {new}": lambda turn, c=c, new=new: c(new) for name, c in calls.items() for new in (run.new, 1)}
     times = in_turns(timed, setting.repeats)
-    active = _active(model, ids, run)
+    active = active_experts(model, ids, run.new)
     rows = []
     for name in calls:
         whole, prefill = times[f"{name} {run.new}"], times[f"{name} 1"]
@@ -149,13 +150,6 @@ def _agreement(ours: np.ndarray, theirs: np.ndarray) -> str:
     first = int(np.argmax(apart.any(0)))
     rows = int(apart.any(1).sum())
     return f"greedy ids part in {rows} of {len(ours)} rows, first at new token {first} (rounding: logits agree)"
-
-
-def _active(model: Model, ids: np.ndarray, run: Run) -> float:
-    """Mean over steps of the experts that a step runs, in all layers together."""
-    made: Any = generate(model, ids, max_new_tokens=run.new, eos_token_id=(), return_record=True)
-    steps = range(run.prompt, run.prompt + run.new - 1)
-    return float(np.mean([sum(len(np.unique(layer[:, t])) for layer in made.expert_ids) for t in steps]))
 
 
 def _work(model: Model, batch: int, active: float, run: Run) -> tuple[float, float]:

@@ -97,9 +97,8 @@ def _instruction(found: re.Match) -> Instruction:
     calls = re.search(r"calls=%?([\w.\-]+)", rest)
     op_name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', rest)
     operands = tuple(re.findall(r"%([\w.\-]+)", rest.split(")", 1)[0]))
-    return Instruction(
-        name, opcode, arrays, operands, calls and calls[1], op_name[1] if op_name else "", bool(root), rest
-    )
+    inner = calls[1] if calls else None
+    return Instruction(name, opcode, arrays, operands, inner, op_name[1] if op_name else "", bool(root), rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def weight_movements(text: str, smallest_bytes: int) -> list[Movement]:
     (['dynamic-slice'], [])
     """
     program = parse(text)
-    found = []
+    found: list[Movement] = []
     for one in program.launched():
         if one.opcode in _FUSED and one.calls in program.computations:
             found += _fused_movements(one, program.computations[one.calls])

@@ -1,6 +1,7 @@
 """Shapes of MoE blocks by name: short names of recorded figures, configs of this repository, paths of config.json."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from pallas_kernels import Activation
@@ -76,13 +77,19 @@ def find(name: str) -> MoEShape:
     """
     if name in SHORT:
         return SHORT[name]
+    path = config_path(name, SHORT)
+    label = path.parent.name if path.stem == "config" else path.stem
+    return from_config(name if label in SHORT else label, ModelConfig.from_json_file(path))
+
+
+def config_path(name: str, short: Iterable[str]) -> Path:
+    """The file of a config: a path, or `configs/NAME.json`; `ValueError` with the `short` names if there is none."""
     folders = (Path("configs"), Path(__file__).resolve().parents[2] / "configs")
     for path in (Path(name), *(folder / f"{name}.json" for folder in folders)):
         if path.is_file():
-            label = path.parent.name if path.stem == "config" else path.stem
-            return from_config(name if label in SHORT else label, ModelConfig.from_json_file(path))
+            return path
     raise ValueError(
-        f"model: {name!r} is none of {', '.join(SHORT)}, no file, and there is no {name}.json in a folder configs/ "
+        f"model: {name!r} is none of {', '.join(short)}, no file, and there is no {name}.json in a folder configs/ "
         "here or beside the package (an installed package has none: give the path of a config.json)"
     )
 

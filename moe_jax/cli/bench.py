@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from ..benchmarks import accelerator, block, decode, load
+from ..benchmarks import accelerator, block, decode, device_model, load, model_run
 from ..benchmarks.inputs import DTYPES
 from ..benchmarks.table import Report, Row, machine, markdown, summary, write_json
 from ..benchmarks.timing import Setting, measure_ceilings
@@ -18,6 +18,8 @@ from ..benchmarks.timing import Setting, measure_ceilings
 WHAT = ("block", "scaling", "decode", "load")
 _SIZES = ("layers", "width", "hidden", "experts", "top_k", "vocab")
 
+#: Whole models that are measured by default.
+_MODELS = ("olmoe",)
 _TOKENS = (1, 32, 512)
 _REPEATS = 7
 
@@ -34,16 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.description = "Measure speed on this machine and print a table; results are checked before they are timed."
     parser.epilog = "example: moe-jax bench --device gpu --what block --model qwen3 --tokens 1,8,32 --json bench.json"
-    what = [*WHAT, "routing", "all"]
+    what = [*WHAT, "prefill", "routing", "all"]
     parser.add_argument("--device", choices=["cpu", "gpu"], help="where to run (default: JAX's default backend)")
-    parser.add_argument("--what", choices=what, default="all", help="what to measure; block and routing on a GPU")
+    parser.add_argument("--what", choices=what, default="all", help="what to measure; all on a GPU: block and routing")
     parser.add_argument("--tokens", type=_numbers, help="tokens of block, scaling and routing: 1,32,512; more on a GPU")
     _add_accelerator_arguments(parser)
-    parser.add_argument("--batch", type=_numbers, default=(1, 8), help="batch sizes of decode: 1,8")
+    parser.add_argument("--batch", type=_numbers, help="batch sizes of decode: 1,8; with --model 1,32, of prefill 8")
     for name in _SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=_number, help="instead of the benchmark's own size")
-    parser.add_argument("--prompt-tokens", type=_number, default=32, help="prompt of decode (default: 32)")
-    parser.add_argument("--new-tokens", type=_number, default=128, help="new tokens of decode (default: 128)")
+    prompt = "prompt of decode (32; with --model 128) and prefill (2048)"
+    parser.add_argument("--prompt", type=_number, metavar="TOKENS", help=prompt)
+    parser.add_argument(
+        "--new", type=_number, metavar="TOKENS", default=128, help="new tokens of decode (default: 128)"
+    )
     parser.add_argument("--load-gb", type=float, default=2.0, help="checkpoint of load in GB; 2 x for peak memory")
     parser.add_argument("--repeats", type=_number, help="timed rounds (7) or bursts (20, GPU); medians are shown")
     parser.add_argument("--no-torch", action="store_true", help="leave torch and transformers out")
@@ -52,10 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
     models = f"{','.join(accelerator.MODELS)}, configs/NAME.json by name, or a path"
-    parser.add_argument("--model", type=_names, metavar="NAME,...", help=f"shapes of block and routing: {models}")
-    names = "of the experts, by name (block; default: what JAX programs take)"
+    parser.add_argument("--model", type=_names, metavar="NAME,...", help=f"whose shapes: {models}")
+    stored = "weights of decode and prefill with --model (default: as --dtype)"
+    parser.add_argument("--quantize", choices=["int8"], help=stored)
+    names = "of the experts, by name (with --model; default: what JAX programs take)"
     parser.add_argument("--implementation", type=_names, metavar="NAME,...", help=names)
-    dtypes = "of block with --model or on a GPU (default: bfloat16; float32 on a CPU)"
+    dtypes = "with --model or on a GPU (default: bfloat16; float32 on a CPU)"
     parser.add_argument("--dtype", choices=list(DTYPES), help=dtypes)
     others = "whom block compares with on a GPU (default: all)"
     parser.add_argument("--baselines", choices=["none", "jax", "torch", "all"], default="all", help=others)
@@ -67,10 +74,15 @@ def run(args: argparse.Namespace) -> int:
     Returns 0; 1 for sizes that do not work, and where a result of ours on an accelerator was wrong or missing.
     """
     try:
-        if args.device != "cpu" and "torch" in _baselines(args):  # else JAX takes the memory that torch will want
+        whole = args.what in model_run.WHAT
+        if whole:  # as much as there is: the largest models need it, and whole
+            os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+        elif args.device != "cpu" and "torch" in _baselines(args):  # else JAX takes the memory that torch will want
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         device = _device(args.device)
         with jax.default_device(device):
+            if whole and (device.platform != "cpu" or args.model or args.what == "prefill"):
+                return model_run.run(_options(args, device), args.model or _MODELS, args.json)
             if device.platform != "cpu" or args.model or args.what == "routing":
                 return accelerator.run(_request(args, device), args.json)
             report = _measure(args)
@@ -97,6 +109,8 @@ def _device(name: str | None) -> jax.Device:
 
 def _request(args: argparse.Namespace, device: jax.Device) -> accelerator.Request:
     """What the flags ask of an accelerator; refuses those that only the CPU's benchmarks read."""
+    if args.quantize:
+        raise ValueError(f"quantize: {args.what} runs wide weights; decode and prefill take it")
     if args.what not in ("block", "routing", "all"):
         raise ValueError(f"what: {args.what} is measured on a CPU, with --device cpu and without --model")
     if unread := [name for name in _SIZES if getattr(args, name) is not None]:
@@ -112,6 +126,27 @@ def _request(args: argparse.Namespace, device: jax.Device) -> accelerator.Reques
         "samples": args.repeats or (_REPEATS if device.platform == "cpu" else None),
     }
     return accelerator.Request(**{name: value for name, value in own.items() if value is not None})
+
+
+def _options(args: argparse.Namespace, device: jax.Device) -> device_model.Options:
+    """What the flags ask of whole models."""
+    if unread := [name for name in _SIZES if name != "layers" and getattr(args, name) is not None]:
+        raise ValueError(f"{unread[0]}: sizes come from --model here, a name or the path of a config.json")
+    if len(args.implementation or ()) > 1:
+        raise ValueError(f"implementation: {args.what} takes one, not {', '.join(args.implementation)}")
+    decoding = args.what == "decode"
+    return device_model.Options(
+        device=device,
+        case=args.what,
+        batches=args.batch or ((1, 32) if decoding else (8,)),
+        prompt=args.prompt or (128 if decoding else 2048),
+        new=args.new,
+        dtype=args.dtype or ("float32" if device.platform == "cpu" else "bfloat16"),
+        quantized=args.quantize,
+        implementation=args.implementation[0] if args.implementation else None,
+        layers=args.layers,
+        repeats=args.repeats or 5,
+    )
 
 
 def _baselines(args: argparse.Namespace) -> tuple[str, ...]:
@@ -145,8 +180,8 @@ def _scaling(args: argparse.Namespace, setting: Setting) -> list[Row]:
 
 
 def _decode(args: argparse.Namespace, setting: Setting) -> list[Row]:
-    much = decode.Run(prompt=args.prompt_tokens, new=args.new_tokens)
-    return decode.run(_sized(decode.ModelShape(), args), args.batch, much, setting)
+    much = decode.Run(prompt=args.prompt or 32, new=args.new)
+    return decode.run(_sized(decode.ModelShape(), args), args.batch or (1, 8), much, setting)
 
 
 def _load(args: argparse.Namespace, setting: Setting) -> list[Row]:

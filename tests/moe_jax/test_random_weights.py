@@ -45,9 +45,7 @@ def test_int8_is_what_quantize_gives(small_blocks, group_size):
         for a, b in zip(jax.tree.leaves(flattened(got)[name]), jax.tree.leaves(array), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
             ulp = int(a.dtype == np.int8)
-            np.testing.assert_allclose(
-                a.astype(np.float32), b.astype(np.float32), rtol=1e-6, atol=int(a.dtype == np.int8)
-            )
+            np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=1e-6, atol=ulp)
 
 
 def test_refusals():

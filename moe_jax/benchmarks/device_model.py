@@ -1,0 +1,201 @@
+"""Whole models on one device, as `moe_jax.generate` runs them: decoding and prefill, compiling, memory."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from .. import generate
+from ..model import Model
+from .models import find_config, make
+from .table import Row
+from .timing import Ceilings, Timing, in_turns, once
+from .work import active_experts, cache_bytes, prefill_flops, step_bytes, weights_of
+
+#: How far below the largest logit, in standard deviations, the first token may be: rounding in other orders.
+_TOLERANCE = 0.2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured: `case` "decode" or "prefill" (which is `new` 1), and of what models.
+
+    `quantized`: None or "int8"; `layers`: of each model, None for all; `repeats`: calls of which medians are taken.
+    """
+
+    device: jax.Device
+    case: str = "decode"
+    batches: tuple[int, ...] = (1, 32)
+    prompt: int = 128
+    new: int = 128
+    dtype: str = "bfloat16"
+    quantized: str | None = None
+    implementation: str | None = None
+    layers: int | None = None
+    repeats: int = 5
+
+    def __post_init__(self):
+        if self.case == "decode" and self.new < 2:
+            raise ValueError(f"new: decoding takes at least 2 new tokens, not {self.new}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds of whole calls, and what they moved. `cold` and `warm`: first calls; `peak`: bytes, None: not known."""
+
+    batch: int
+    cold: float
+    warm: float
+    whole: Timing
+    first: Timing
+    nbytes: float
+    flops: float
+    active: float | None
+    peak: int | None
+    weights: int
+    cache: int
+
+
+def run(name: str, options: Options) -> list[Measured | tuple[int, str]]:
+    """Measurements of one model at each batch size, or the batch size and what went wrong; the model is freed."""
+    config = find_config(name, options.layers)
+    before = _peak(options.device)
+    found: list[Measured | tuple[int, str]] = []
+    with _fresh_cache():
+        model = make(config, options.dtype, options.quantized, options.implementation)
+        jax.block_until_ready(model.arrays())
+        for batch in sorted(options.batches):
+            try:
+                found.append(_at(model, batch, options, before))
+            except Exception as error:  # the others are still to be measured
+                found.append((batch, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+    del model
+    gc.collect()
+    return found
+
+
+def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
+    prompt, new = options.prompt, 1 if options.case == "prefill" else options.new
+    vocab = model.architecture.vocab_size
+    ids = np.random.default_rng(batch).integers(min(2, vocab - 1), vocab, (batch, prompt), dtype=np.int32)
+    call = lambda new: generate(model, ids, max_new_tokens=new, eos_token_id=())
+    firsts = []
+    for _ in range(2):
+        jax.clear_caches()
+        made, seconds = once(lambda: call(new))
+        firsts.append(seconds)
+    call(1)
+    peak = _peak(options.device)
+    _check(model, ids, made)
+    times = in_turns({count: functools.partial(lambda n, turn: call(n), count) for count in {new, 1}}, options.repeats)
+    active = active_experts(model, ids, new) if new > 1 and model.architecture.moe_layers else None
+    return Measured(
+        batch=batch,
+        cold=firsts[0],
+        warm=firsts[1],
+        whole=times[new],
+        first=times[1],
+        nbytes=step_bytes(model, batch, prompt, new, active or 0.0) if new > 1 else 0.0,
+        flops=prefill_flops(model.architecture, batch, prompt),
+        active=active,
+        peak=peak if peak > before else None,
+        weights=weights_of(model).total,
+        cache=cache_bytes(model, batch, prompt, new),
+    )
+
+
+def _check(model: Model, ids: np.ndarray, made: np.ndarray) -> None:
+    """`ValueError` unless the first row's first new token has, up to rounding, the largest logit of a plain call."""
+    out: Any = model(ids[:1])
+    logits = np.asarray(out[0, -1])
+    off = float(logits.max() - logits[made[0, ids.shape[1]]]) / float(logits.std())
+    if not off <= _TOLERANCE:
+        raise ValueError(f"wrong first token: its logit is {off:.2g} standard deviations below the largest")
+
+
+def _peak(device: jax.Device) -> int:
+    """Most bytes of the device's memory that this process held so far; 0 where the device does not say."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+@contextlib.contextmanager
+def _fresh_cache() -> Iterator[None]:
+    """With JAX's cache of compiled programs in an empty folder, and everything kept in it."""
+    wanted: dict[str, Any] = {
+        "jax_enable_compilation_cache": True,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        wanted["jax_compilation_cache_dir"] = folder
+        before = {name: jax.config.values[name] for name in wanted}
+        try:
+            _configure(wanted)
+            yield
+        finally:
+            _configure(before)
+
+
+def _configure(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it looks at the settings once
+
+
+def rows(name: str, options: Options, found: list[Measured | tuple[int, str]], ceilings: Ceilings) -> list[Row]:
+    """What `run` found as rows.
+
+    `steady_ms`: a step of decoding, `(t(new) - t(1)) / (new - 1)`, medians; or a prefill with its first token.
+    `roofline`: bytes that a step must move over the measured bandwidth of reading, or a prefill's operations over the
+    measured rate of products, as a share of that time. `compile_ms`: what a first call takes beyond a later one.
+    """
+    return [_row(name, options, one, ceilings) for one in found]
+
+
+def _row(name: str, options: Options, one: Measured | tuple[int, str], ceilings: Ceilings) -> Row:
+    batch = one[0] if isinstance(one, tuple) else one.batch
+    decode = options.case == "decode"
+    about: dict[str, Any] = {
+        "case": options.case,
+        "implementation": "moe_jax",
+        "device": options.device.platform,
+        "dtype": options.dtype + (f", {options.quantized} weights" if options.quantized else ""),
+        "model": name if options.layers is None else f"{name}, {options.layers} layers",
+        "shape": f"B={batch} prompt {options.prompt}" + (f" new {options.new}" if decode else ""),
+    }
+    if isinstance(one, tuple):
+        return Row(**about, note=one[1])
+    new = options.new if decode else 1
+    seconds = (one.whole.median - one.first.median) / (new - 1) if decode else one.first.median
+    least = one.nbytes / (ceilings.read * 1e9) if decode else one.flops / (ceilings.matmul * 1e9)
+    return Row(
+        **about,
+        steady_ms=1e3 * seconds,
+        compile_ms=1e3 * (one.cold - one.whole.median),
+        roofline=least / seconds,
+        values=_values(one, batch * (new if decode else options.prompt), decode),
+        note="" if one.peak else "peak memory: not reported, or an earlier model's",
+    )
+
+
+def _values(one: Measured, tokens: int, decode: bool) -> dict[str, float]:
+    gigabytes = {"weights, GB": one.weights / 1e9, "cache, GB": one.cache / 1e9}
+    if one.peak:
+        gigabytes |= {"peak, GB": one.peak / 1e9, "peak over": one.peak / (one.weights + one.cache + 1e9)}
+    work = {"GB a step": one.nbytes / 1e9} if decode else {"TFLOP": one.flops / 1e12}
+    if one.active is not None:
+        work["active experts"] = one.active
+    return {
+        "tokens/s": tokens / one.whole.median,
+        "first token, ms": 1e3 * one.first.median,
+        "compile from cache, s": one.warm - one.whole.median,
+        **work,
+        **gigabytes,
+    }

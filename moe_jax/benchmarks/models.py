@@ -1,0 +1,42 @@
+"""Whole models by name, at their real shapes and with random weights."""
+
+from typing import Any
+
+from ..config import ModelConfig
+from ..model import Model
+from .shapes import config_path
+
+#: Short names of models, and their configs.
+SHORT = {
+    "olmoe": "olmoe-1b-7b-0924",
+    "qwen3": "qwen3-30b-a3b",
+    "gptoss": "gpt-oss-20b",
+    "mixtral": "mixtral-8x7b",
+}
+
+
+def find_config(name: str, layers: int | None = None) -> ModelConfig:
+    """The config of a short name, of `configs/NAME.json`, or at a path; cut to its first `layers`, if given.
+
+    `ValueError` if there is none, or it has fewer layers.
+
+    >>> len(find_config("gptoss", layers=4).architecture.layers)
+    4
+    """
+    hub = ModelConfig.from_json_file(config_path(SHORT.get(name, name), SHORT)).to_dict()
+    hub.pop("quantization_config", None)  # how a checkpoint is stored
+    if layers is not None:
+        text = hub if "num_hidden_layers" in hub else hub["text_config"]
+        had = text["num_hidden_layers"]
+        if not 1 <= layers <= had:
+            raise ValueError(f"layers: {name} has {had}, not {layers}")
+        lists = {key: value for key, value in text.items() if isinstance(value, list) and len(value) == had}
+        text.update({key: value[:layers] for key, value in lists.items()}, num_hidden_layers=layers)
+    return ModelConfig.from_dict(hub)
+
+
+def make(config: ModelConfig, dtype: Any, quantized: str | None = None, implementation: str | None = None) -> Model:
+    """A model with random weights on the default device; `quantized`: None or "int8", one scale per output."""
+    if quantized not in (None, "int8"):
+        raise ValueError(f"quantize: {quantized!r}; there is int8")
+    return Model.initialize(config, dtype=dtype, bits=8 if quantized else None, implementation=implementation)

@@ -1,0 +1,90 @@
+"""What a model's steps have to move and to compute: bytes of weights and cache, floating-point operations."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import generate
+from ..block_config import Architecture, LayerConfig
+from ..cache import entry_shapes, make_cache
+from ..generation import bucket
+from ..model import Model
+from ..weights import flattened, parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Bytes as they are stored: all of them; what every step reads; one expert of one layer.
+
+    Every step reads all that is neither an expert nor a table of which it takes rows (embedding, unless it is the head
+    too, and positions).
+    """
+
+    total: int
+    plain: int
+    expert: float
+
+
+def weights_of(model: Model) -> Weights:
+    """Bytes of a model's weights."""
+    architecture, table = model.architecture, parameters(model.architecture)
+    sizes = {name: array.nbytes for name, array in flattened(model.arrays()).items()}
+    experts = sum(size for name, size in sizes.items() if table[name].experts)
+    rows = sum(sizes.get(name, 0) for name in ("positions", *(() if architecture.tied else ("embedding",))))
+    count = sum(architecture.expert_counts)
+    total = sum(sizes.values())
+    return Weights(total, total - experts - rows, experts / count if count else 0.0)
+
+
+def cache_bytes(model: Model, batch: int, prompt: int, new: int) -> int:
+    """Bytes of the cache that `generate` makes."""
+    length = bucket(prompt) + bucket(new)
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(make_cache(model.architecture, batch, length, model.dtype)))
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
+
+
+def step_bytes(model: Model, batch: int, prompt: int, new: int, active: float) -> float:
+    """Bytes that a decode step has to read, the mean over the steps after `prompt` columns.
+
+    The weights that every step reads, those of `active` experts (in all layers together), each row's embedding, and
+    the columns of the cache that the new tokens see: no padding, and no more than a layer's window.
+    """
+    architecture, weights = model.architecture, weights_of(model)
+    per_column = sum(math.prod(shape) for shape in entry_shapes(architecture.block.attention).values())
+    columns = sum(_seen(layer, np.arange(prompt, prompt + new - 1)).mean() for layer in architecture.layers)
+    width = architecture.block.width
+    return weights.plain + active * weights.expert + batch * (columns * per_column + width) * model.dtype.itemsize
+
+
+def prefill_flops(architecture: Architecture, batch: int, prompt: int) -> float:
+    """Operations of a prefill: two per active parameter and token, attention's products, each row's last logits."""
+    block, table = architecture.block, parameters(architecture)
+    kernels = {name: math.prod(p.shape) for name, p in table.items() if p.inputs}
+    for rows in ("embedding", "positions", "head.kernel"):
+        kernels.pop(rows, None)
+    experts = sum(size for name, size in kernels.items() if table[name].experts)
+    active = float(sum(kernels.values()) - experts)
+    if architecture.moe_layers:
+        active += experts / sum(architecture.expert_counts) * block.router.top_k * len(architecture.moe_layers)
+    seen = sum(_seen(layer, np.arange(prompt)).sum() for layer in architecture.layers)
+    attention = 2 * block.attention.num_heads * (block.attention.head_dim + block.attention.value_dim) * seen
+    head = 2 * architecture.vocab_size * block.width
+    return batch * (2.0 * prompt * active + attention + head)
+
+
+def _seen(layer: LayerConfig, positions: np.ndarray) -> np.ndarray:
+    """Columns that a query at each of `positions` sees, its own among them."""
+    seen = positions + 1
+    if layer.chunk is not None:
+        seen = positions % layer.chunk + 1
+    return seen if layer.window is None else np.minimum(seen, layer.window)
+
+
+def active_experts(model: Model, ids: np.ndarray, new: int) -> float:
+    """Mean over decode steps of the experts that a step runs, in all layers together."""
+    made: Any = generate(model, ids, max_new_tokens=new, eos_token_id=(), return_record=True)
+    steps = range(ids.shape[1], ids.shape[1] + new - 1)
+    return float(np.mean([sum(len(np.unique(layer[:, t])) for layer in made.expert_ids) for t in steps]))
