@@ -30,15 +30,29 @@ Weights = Mapping[str, Any]
 class Span:
     """Which tokens a layer runs on and what they may see.
 
-    `positions [B, T]` of the queries; `key_positions` and `key_valid [B, S]`; `turn`: rotary cosine and sine
-    `[B, T, half]` (None without rotary positions). `bias`: added to the scores of all heads, or of each.
+    `positions [B, T]` of the queries; `key_positions` and `key_valid [B, S]`, None where every key's position is its
+    column, as in the cache; `turn`: rotary cosine and sine `[B, T, half]` (None without rotary positions). `bias`:
+    added to the scores of all heads, or of each. `start`, without `key_positions`: the column of the first new token
+    where it is the same in all rows; 0 as a Python integer says that there is nothing else to see.
     """
 
     positions: Int[Array, "B T"]
-    key_positions: Int[Array, "B S"]
-    key_valid: Bool[Array, "B S"]
-    turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None
+    key_positions: Int[Array, "B S"] | None = None
+    key_valid: Bool[Array, "B S"] | None = None
+    turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None = None
     bias: Float[Array, "B _ _ S"] | None = None
+    start: Int[Array, ""] | int | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the new tokens are all that there is to see."""
+        if self.key_positions is None:
+            return isinstance(self.start, int) and self.start == 0
+        return self.key_positions.shape == self.positions.shape
+
+    def keys(self, count: int) -> Int[Array, "_ S"]:
+        """Positions of `count` keys."""
+        return jnp.arange(count, dtype=jnp.int32)[None] if self.key_positions is None else self.key_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +66,11 @@ class Varying:
     score_divisor: jax.Array | float = 1.0
 
 
-def visible(span: Span, varying: Varying, causal: bool = True) -> Bool[Array, "B T S"]:
-    """Which keys each query sees: real ones, not later than itself if `causal`, inside its window and chunk."""
-    query, key = span.positions[:, :, None], span.key_positions[:, None, :]
-    mask = jnp.broadcast_to(span.key_valid[:, None, :], (*span.positions.shape, key.shape[-1]))
+def visible(span: Span, varying: Varying, count: int, causal: bool = True) -> Bool[Array, "B T S"]:
+    """Which of `count` keys each query sees: real ones, not later if `causal`, inside its window and chunk."""
+    query, key = span.positions[:, :, None], span.keys(count)[:, None, :]
+    mask = jnp.ones((), bool) if span.key_valid is None else span.key_valid[:, None, :]
+    mask = jnp.broadcast_to(mask, (*span.positions.shape, count))
     if causal:
         mask &= key <= query
     if varying.window is not None:
@@ -133,16 +148,17 @@ def attend(
 ) -> Float[Array, "B T D"]:
     """Attention of `q` over cache `entries`, and the output projection."""
     run = _latent_mix if config.latent is not None else _mix
-    mixed = _in_blocks(lambda q, span: run(config, weights, q, entries, span, varying), q, span)
+    keys = next(iter(entries.values())).shape[-2]
+    mixed = _in_blocks(lambda q, span: run(config, weights, q, entries, span, varying), q, span, keys)
     kernel = dense(weights["o"], q.dtype)
     kernel = kernel.reshape(kernel.shape[0], -1)
     return linear(mixed.reshape(*mixed.shape[:2], -1), kernel, weights.get("o_bias"))
 
 
-def _in_blocks(run, q, span):
+def _in_blocks(run, q, span, keys):
     """`run` on all queries at once, or block by block where their scores would not fit."""
     batch, total = q.shape[:2]
-    size = max(1, _PAIRS // span.key_positions.shape[1])
+    size = max(1, _PAIRS // keys)
     if total <= size:
         return run(q, span)
     blocks = -(-total // size)
@@ -183,11 +199,12 @@ def probabilities(
     """Softmax of raw float32 `scores`: scaled, with biases, over what each query sees, less the sinks' share."""
     scores = scores * (config.scale / varying.score_divisor)
     if config.alibi:
-        distance = (span.key_positions[:, None, :] - span.positions[:, :, None]).astype(jnp.float32)
+        distance = (span.keys(scores.shape[-1])[:, None, :] - span.positions[:, :, None]).astype(jnp.float32)
         scores = scores + slopes(config.num_heads)[:, None, None] * distance[:, None]
     if span.bias is not None:
         scores = scores + span.bias
-    scores = jnp.where(visible(span, varying, config.causal)[:, None], scores, MASKED)
+    seen = visible(span, varying, scores.shape[-1], config.causal)
+    scores = jnp.where(seen[:, None], scores, MASKED)
     if not config.sinks:
         return jax.nn.softmax(scores, axis=-1)
     sinks = weights["sinks"].astype(jnp.float32)[:, None, None]

@@ -1,10 +1,11 @@
 """The KV cache: an explicit pytree, preallocated, passed in, returned and donated."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from .block_config import Architecture, AttentionConfig
 
@@ -12,18 +13,16 @@ from .block_config import Architecture, AttentionConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """What attention keeps of earlier tokens.
+    """What attention keeps of earlier tokens; a row's tokens fill its first columns, so column and position are one.
 
     `entries`: `{"k": [L, B, K, S, H], "v": [L, B, K, S, Hv]}`, or for latent attention `{"latent": [L, B, S, Z],
     "k_rotary": [L, B, S, rotary]}`; heads come before columns, since attention's products run head by head and any
-    other order would be transposed at every step. `valid [B, S]`: columns that hold a real token. `positions [B, S]`:
-    the token's position in its row, padding not counted. `used`: columns written so far, the same for all rows.
+    other order would be transposed at every step. `lengths [B]`: tokens in each row, and the column of its next one;
+    what lies in later columns means nothing.
     """
 
     entries: dict[str, Array]
-    valid: Bool[Array, "B S"]
-    positions: Int[Array, "B S"]
-    used: Int[Array, ""]
+    lengths: Int[Array, " B"]
 
 
 def entry_shapes(config: AttentionConfig) -> dict[str, tuple[int, ...]]:
@@ -41,31 +40,31 @@ def make_cache(architecture: Architecture, batch: int, length: int, dtype) -> KV
         entries={
             name: jnp.zeros((layers, batch, *shape[:-1], length, shape[-1]), dtype) for name, shape in shapes.items()
         },
-        valid=jnp.zeros((batch, length), bool),
-        positions=jnp.zeros((batch, length), jnp.int32),
-        used=jnp.zeros((), jnp.int32),
+        lengths=jnp.zeros(batch, jnp.int32),
     )
 
 
-def admit(cache: KVCache, mask: Bool[Array, "B T"], positions: Int[Array, "B T"]) -> KVCache:
-    """Mark the next `T` columns as holding the tokens of `mask` at `positions`; their entries follow per layer."""
-    start = (0, cache.used)
-    return dataclasses.replace(
-        cache,
-        valid=jax.lax.dynamic_update_slice(cache.valid, mask, start),
-        positions=jax.lax.dynamic_update_slice(cache.positions, positions, start),
-        used=cache.used + mask.shape[1],
-    )
+def write_entries(entries: dict[str, Array], new: dict[str, Array], layer: Any, column: Any) -> dict[str, Array]:
+    """Put one layer's `new` entries `[B, K, T, H]` (latent: `[B, T, Z]`) into the stacks, in place.
 
-
-def write_entries(entries: dict[str, Array], new: dict[str, Array], layer, column) -> dict[str, Array]:
-    """Put one layer's `new` entries `[B, K, T, H]` (latent: `[B, T, Z]`) at `column` of the stacks."""
-    return {
-        name: jax.lax.dynamic_update_slice(
-            stack, new[name][None].astype(stack.dtype), (layer, *[0] * (stack.ndim - 3), column, 0)
-        )
-        for name, stack in entries.items()
-    }
+    `column`: an integer, the first of T columns in every row; or int32 `[B]`, one column per row (T = 1; rows whose
+    column is behind the last keep what they have).
+    """
+    if jnp.ndim(column) == 0 or column.shape[0] == 1:
+        column = jnp.reshape(column, ())
+        return {
+            name: jax.lax.dynamic_update_slice(
+                stack, new[name][None].astype(stack.dtype), (layer, *[0] * (stack.ndim - 3), column, 0)
+            )
+            for name, stack in entries.items()
+        }
+    rows = jnp.arange(column.shape[0])
+    found = {}
+    for name, stack in entries.items():
+        at = (layer, rows, *[slice(None)] * (stack.ndim - 4), column)
+        one = jnp.squeeze(new[name], -2).astype(stack.dtype)
+        found[name] = stack.at[at].set(one, mode="drop", unique_indices=True)
+    return found
 
 
 def read_entries(entries: dict[str, Array], layer) -> dict[str, Array]:

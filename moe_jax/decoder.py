@@ -94,10 +94,12 @@ def decode(
     cache: KVCache | None,
     request: RoutingRequest,
     trace: bool = False,
+    column: Any = 0,
 ) -> tuple[Float[Array, "B T D"], KVCache | None, Trace | None]:
     """Run all layers on new tokens; returns the residual stream before the final norm.
 
-    With a cache (already `admit`ted), entries go to its last `T` columns. `trace` also returns what each layer did.
+    With a cache, entries go to its columns from `column` on, or one per row to `column [B]`; its lengths are the
+    caller's to keep. `trace` also returns what each layer did.
     """
     weights = _with_flat_outputs(weights)
     x = dense(weights["embedding"][ids])
@@ -106,7 +108,6 @@ def decode(
     if architecture.embedding_scale != 1.0:
         x = x * architecture.embedding_scale
     entries = None if cache is None else cache.entries
-    column = 0 if cache is None else cache.used - ids.shape[1]
     notes = _empty_trace(architecture, x) if trace else None
     counts = iter(architecture.expert_counts)
     kinds = tuple(next(counts) if layer.moe else 0 for layer in architecture.layers)

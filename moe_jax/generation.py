@@ -1,22 +1,18 @@
-"""Generation: a jitted prefill and a jitted decode loop over a preallocated, donated cache. Sees token ids only."""
+"""Generation: prefill, then decoding over a preallocated, donated cache. Sees token ids only."""
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.dims import Array as AnyArray
 
-from . import decoder
-from .block import RoutingRequest
-from .cache import KVCache, admit, make_cache
-from .model import Model, ascending, check_inputs, forced_ids, id_dtype
-from .sampling import Sampler, make_sampler, sample
+from .model import Model, check_inputs, forced_ids
+from .sampling import make_sampler
+from .engine import Request, Sizes, decode, prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,34 +25,6 @@ class Generated:
 
     ids: Int[AnyArray, "B total"]
     expert_ids: tuple[Int[AnyArray, "B total A"], ...]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """What one decode step hands to the next. `step`: new tokens so far, the same for all rows."""
-
-    cache: KVCache
-    tokens: Int[Array, "B new"]
-    lengths: Int[Array, " B"]
-    done: Bool[Array, " B"]
-    seen: Bool[Array, "B V"] | None
-    experts: Int[Array, "Lm B new A"] | None
-    step: Int[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    """What stays the same over all steps. `total`: tokens that the longest row may reach (LongRoPE's switch)."""
-
-    sampler: Sampler
-    key: Array | None
-    eos: Int[AnyArray, " n"]
-    pad: Int[AnyArray, ""] | int
-    total: Int[AnyArray, ""] | int
-    forced: Int[AnyArray, "Lm B new A"] | None
-    implementation: str | None = dataclasses.field(metadata={"static": True})
 
 
 def generate(
@@ -126,7 +94,10 @@ def bucket(length: int) -> int:
 
 
 class _Run:
-    """One call of `generate` or `stream`: checked inputs, compiled functions' state."""
+    """One call of `generate` or `stream`: checked inputs, compiled functions' state.
+
+    Rows run without their padding: real tokens first, so that a token's column in the cache is its position.
+    """
 
     def __init__(self, model, input_ids, attention_mask, new, eos, key=None, *, routing=None, record=False, **sampling):
         if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 0:
@@ -135,24 +106,29 @@ class _Run:
         self.sampler = make_sampler(**sampling)
         if self.sampler.temperature is not None and key is None:
             raise ValueError(f"key: temperature {self.sampler.temperature} needs a JAX key or an integer seed")
-        self.ids, self.mask = check_inputs(model.config, input_ids, attention_mask, new)
+        ids, self.mask = check_inputs(model.config, input_ids, attention_mask, new)
         self.model, self.new, self.record = model, new, record
         self.given = np.asarray(input_ids, np.int32)
         self.eos = _stop_ids(model, eos)
-        self.pad = _pad_id(model, self.eos)
-        self.key = jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key
-        rows, prompt = self.ids.shape
-        self.prompt, self.width, self.room = prompt, bucket(prompt), bucket(max(new, 1))
+        rows, prompt = ids.shape
+        self.lengths = self.mask.sum(1, dtype=np.int32)
+        longest = int(self.lengths.max())
+        width, room = bucket(longest), bucket(max(new, 1))
+        self.sizes = Sizes(width + room, room)
+        self.ids = _resized(compact(ids, self.mask, 1), width, 1, 0)
         forced = forced_ids(model.architecture, routing, (rows, prompt + new))
-        extend = lambda a, size: np.pad(a, ((0, 0), (0, 0), (0, size - a.shape[2]), (0, 0)), constant_values=-1)
-        self.forced = None if forced is None else extend(forced[:, :, :prompt], self.width)
-        self.request = _Request(
+        if forced is not None:
+            self.forced = _resized(compact(forced[:, :, :prompt], self.mask[None, :, :, None], 2), width, 2, -1)
+            forced = _resized(forced[:, :, prompt:], room, 2, -1)
+        else:
+            self.forced = None
+        self.request = Request(
             sampler=self.sampler,
-            key=self.key,
+            key=jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key,
             eos=np.asarray(self.eos, np.int32),
-            pad=self.pad,
-            total=int(self.mask.sum(1).max()) + new,
-            forced=None if forced is None else extend(forced[:, :, prompt:], self.room),
+            pad=_pad_id(model, self.eos),
+            total=longest + new,
+            forced=forced,
             implementation=model.implementation,
         )
         self.weights = model.arrays()
@@ -160,14 +136,14 @@ class _Run:
 
     def start(self) -> None:
         """Prefill the cache and draw the first new token."""
-        wide = lambda a: np.pad(a, ((0, 0), (0, self.width - self.prompt)))
-        ids, mask = wide(self.ids), wide(self.mask)
-        static = (self.model.architecture, self.room, self.record)
-        self.state, self.prompt_experts = _prefill(*static, self.weights, ids, mask, self.forced, self.request)
+        static = self.model.architecture, self.sizes, self.record
+        self.state, self.prompt_experts = prefill(
+            *static, self.weights, self.ids, self.lengths, self.forced, self.request
+        )
 
     def advance(self, limit: int) -> None:
         """Decode until `limit` new tokens stand, or all rows have ended."""
-        self.state = _decode(self.model.architecture, self.weights, self.state, self.request, limit)
+        self.state = decode(self.model.architecture, self.weights, self.state, self.request, limit)
 
     def steps(self) -> Iterator[np.ndarray]:
         """New tokens step by step."""
@@ -192,8 +168,31 @@ class _Run:
             raise ValueError("return_record: nothing is run with max_new_tokens=0; call the model instead")
         if self.prompt_experts is None:
             return Generated(ids, ())
-        parts = self.prompt_experts[:, :, : self.prompt], self.state.experts[:, :, : self.new]
-        return Generated(ids, tuple(np.concatenate([np.asarray(p) for p in parts], 2)))
+        parts = spread(np.asarray(self.prompt_experts), self.mask), np.asarray(self.state.experts)[:, :, : self.new]
+        return Generated(ids, tuple(np.concatenate(parts, 2)))
+
+
+def compact(values: np.ndarray, mask: np.ndarray, axis: int) -> np.ndarray:
+    """`values` with what `mask` marks along `axis` moved to the front, in order; `mask` has as many dimensions.
+
+    >>> compact(np.array([[0, 5, 0, 6]]), np.array([[False, True, False, True]]), 1).tolist()
+    [[5, 6, 0, 0]]
+    """
+    return np.take_along_axis(values, np.argsort(~mask, axis=axis, kind="stable"), axis)
+
+
+def spread(experts: Int[AnyArray, "Lm B width A"], mask: Bool[AnyArray, "B T"]) -> Int[AnyArray, "Lm B T A"]:
+    """The reverse of `compact` for experts: each row's first ones go where `mask` is true, -1 stands elsewhere."""
+    place = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    found = np.take_along_axis(experts, place[None, :, :, None], axis=2)
+    return np.where(mask[None, :, :, None], found, experts.dtype.type(-1))
+
+
+def _resized(values, size, axis, filler):
+    """`values` cut or filled to `size` along `axis`."""
+    values = np.moveaxis(values, axis, 0)[:size]
+    values = np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1), constant_values=filler)
+    return np.moveaxis(values, 0, axis)
 
 
 def _stop_ids(model: Model, eos: Any) -> tuple[int, ...]:
@@ -207,92 +206,3 @@ def _pad_id(model: Model, eos: tuple[int, ...]) -> int:
     pad = model.generation.get("pad_token_id")
     found = (*((pad,) if pad is not None else ()), *model.config.token_ids("pad"), *eos, 0)
     return next(int(i) for i in found if 0 <= i < model.architecture.vocab_size)  # old Llama configs say -1
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(architecture, room, record, weights, ids, mask, forced, request):
-    rows, width = ids.shape
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
-    cache = make_cache(architecture, rows, width + room, weights["embedding"].dtype)
-    cache = admit(cache, jnp.asarray(mask), positions)
-    span = decoder.make_span(architecture, positions, positions, jnp.asarray(mask), request.total)
-    routing = RoutingRequest(jnp.asarray(mask), forced, request.implementation)
-    record = record and bool(architecture.moe_layers)
-    x, cache, trace = decoder.decode(architecture, weights, ids, span, cache, routing, record)
-    last = (width - 1 - jnp.argmax(jnp.flip(mask, 1), axis=1)).astype(jnp.int32)
-    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    seen = None
-    if request.sampler.repetition_penalty is not None:
-        seen = jnp.zeros((rows, architecture.vocab_size), bool).at[jnp.arange(rows)[:, None], ids].max(mask)
-    state = _State(
-        cache=cache,
-        tokens=jnp.full((rows, room), request.pad, jnp.int32),
-        lengths=jnp.asarray(mask).sum(1).astype(jnp.int32),
-        done=jnp.zeros(rows, bool),
-        seen=seen,
-        experts=_no_experts(architecture, rows, room) if record else None,
-        step=jnp.zeros((), jnp.int32),
-    )
-    experts = _experts_of(architecture, trace, ids.shape) if record else None
-    return _draw(architecture, weights, state, request, x), experts
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(architecture, weights, state, request, limit):
-    def unfinished(state):
-        return (state.step < limit) & ~state.done.all()
-
-    return jax.lax.while_loop(unfinished, lambda state: _step(architecture, weights, state, request), state)
-
-
-def _step(architecture, weights, state, request):
-    """Run the newest token of each row and draw the next one. Rows that have ended take no expert's time."""
-    at = state.step - 1
-    token = jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1)
-    positions = (state.lengths + at)[:, None]
-    real = ~state.done[:, None]
-    cache = admit(state.cache, real, positions)
-    span = decoder.make_span(architecture, positions, cache.positions, cache.valid, request.total)
-    forced = None
-    if request.forced is not None:
-        forced = jax.lax.dynamic_slice_in_dim(request.forced, at, 1, axis=2)
-    routing = RoutingRequest(real, forced, request.implementation)
-    record = state.experts is not None
-    x, cache, trace = decoder.decode(architecture, weights, token, span, cache, routing, record)
-    state = dataclasses.replace(state, cache=cache)
-    if record:
-        chosen = _experts_of(architecture, trace, token.shape)
-        experts = jax.lax.dynamic_update_slice_in_dim(state.experts, chosen, at, axis=2)
-        state = dataclasses.replace(state, experts=experts)
-    return _draw(architecture, weights, state, request, x[:, 0])
-
-
-def _draw(architecture, weights, state, request, x):
-    """From the last hidden state of each row to its next token."""
-    with jax.named_scope("logits"):
-        logits = decoder.logits(architecture, weights, decoder.final(architecture, weights, x))
-    with jax.named_scope("sample"):
-        key = None if request.key is None else jax.random.fold_in(request.key, state.step)
-        token = sample(request.sampler, logits, key, state.seen)
-        token = jnp.where(state.done, request.pad, token)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
-    return dataclasses.replace(
-        state,
-        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
-        done=state.done | (token[:, None] == request.eos).any(-1),
-        seen=seen,
-        step=state.step + 1,
-    )
-
-
-def _no_experts(architecture, rows, room):
-    router, layers = architecture.block.router, len(architecture.moe_layers)
-    return jnp.full((layers, rows, room, router.top_k), -1, id_dtype(router.num_experts))
-
-
-def _experts_of(architecture, trace, shape):
-    choices, router = trace.choices, architecture.block.router
-    ids, _ = ascending(choices.ids, choices.weights, router.num_experts)
-    return ids.reshape(ids.shape[0], *shape, router.top_k)

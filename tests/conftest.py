@@ -26,7 +26,7 @@ sys.path.insert(0, str(GOLDEN))
 from jaxtyping import install_import_hook  # noqa: E402
 
 # The modules whose functions take arrays; beside them, wrong values are the tests' own business.
-_ARRAYS = "attention block cache decoder generation linear model moe norm rope sampling".split()
+_ARRAYS = "attention block cache decoder engine generation linear model moe norm rope sampling".split()
 _HOOK = install_import_hook(["pallas_kernels", *(f"moe_jax.{name}" for name in _ARRAYS)], "beartype.beartype")
 
 

@@ -92,7 +92,7 @@ def test_a_query_without_keys_is_finite(sinks):
 def test_what_a_query_sees(varying, sees):
     queries, keys = np.array([[4, 5, 6], [0, 1, 2]]), np.array([[3, 0, 4, 5, 6, 9], [0, 0, 0, 1, 2, 3]])
     valid = np.array([[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]], bool)
-    got = visible(Span(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(valid), None), varying)
+    got = visible(Span(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(valid)), varying, 6)
     for b, t, s in np.ndindex(2, 3, 6):
         want = valid[b, s] and keys[b, s] <= queries[b, t] and sees(queries[b, t], keys[b, s])
         assert bool(got[b, t, s]) == want

@@ -7,7 +7,7 @@ from compiled_program import materialised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax import ModelConfig, decoder, generation
+from moe_jax import ModelConfig, decoder, engine, generation
 from moe_jax.decoder import segments
 from moe_jax.model import Model, tiny_config
 
@@ -45,7 +45,7 @@ def test_the_decode_step_leaves_the_experts_in_their_stack():
     run = generation._Run(model, [[1, 2, 3]], None, 4, ())
     run.start()
     leaves, tree = jax.tree.flatten((run.weights, run.state, run.request))
-    step = lambda leaves: generation._decode.__wrapped__(model.architecture, *jax.tree.unflatten(tree, leaves), 4)
+    step = lambda leaves: engine.decode.__wrapped__(model.architecture, *jax.tree.unflatten(tree, leaves), 4)
     text = jax.jit(step).lower(leaves).compile().as_text()
     # The cache's stacks are arrays of the loop, and smaller than an expert.
     assert materialised(text, 256 * 32) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_config_values import build
 
-from moe_jax import Model, decoder, generation
+from moe_jax import Model, decoder, engine, generation
 from moe_jax import model as model_module
 from moe_jax.block_config import LayerConfig
 from moe_jax.decoder import Segment, segments, varying
@@ -103,7 +103,7 @@ def test_compiled_decode_step_never_moves_experts(name, changes):
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         state = jax.eval_shape(lambda: run.start() or run.state)
-        program = generation._decode.lower(model.architecture, run.weights, state, run.request, 4).compile()
+        program = engine.decode.lower(model.architecture, run.weights, state, run.request, 4).compile()
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
     made = list(_materialised(program.as_text()))

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax import generate, generation, stream
+from moe_jax import engine, generate, generation, stream
 from moe_jax.generation import Generated, bucket
 from moe_jax.model import Model, tiny_config
 
@@ -39,6 +39,29 @@ def test_unequal_prompts_in_one_batch(model, prompts, left):
         np.testing.assert_array_equal(
             row[9:], generate(model, [prompt], max_new_tokens=8, eos_token_id=())[0, len(prompt) :]
         )
+
+
+def test_padding_anywhere(model, prompts):
+    """Between tokens too: text, and experts in the caller's columns, are those of the row without its padding."""
+    rng = np.random.default_rng(1)
+    ids, mask = np.full((3, 12), 7), np.zeros((3, 12), int)
+    for row, prompt in enumerate(prompts):
+        places = np.sort(rng.permutation(12)[: len(prompt)])
+        ids[row, places], mask[row, places] = prompt, 1
+    out = generate(model, ids, mask, max_new_tokens=6, eos_token_id=(), return_record=True)
+    np.testing.assert_array_equal(out.ids[:, :12], ids)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], max_new_tokens=6, eos_token_id=(), return_record=True)
+        np.testing.assert_array_equal(out.ids[row, 12:], alone.ids[0, len(prompt) :])
+        for layer, want in zip(out.expert_ids, alone.expert_ids, strict=True):
+            ran = np.concatenate([mask[row], np.ones(6, int)]).astype(bool)
+            np.testing.assert_array_equal(layer[row, ran], want[0])
+            assert (layer[row, ~ran] == -1).all()
+    forced = [np.where(layer >= 0, [[[0, 2]]], -1) for layer in out.expert_ids]
+    forced[0][0, mask[0].argmax()] = 1, 3  # one token differs, so its place matters
+    other = generate(model, ids, mask, max_new_tokens=6, eos_token_id=(), return_record=True, routing=forced)
+    for layer, want in zip(other.expert_ids, forced, strict=True):
+        np.testing.assert_array_equal(layer, want)
 
 
 def test_end_tokens(model, prompts):
@@ -92,9 +115,9 @@ def test_repetition_penalty_counts_prompt_and_output(model):
 
 def test_a_second_length_does_not_compile_again(model):
     generate(model, [[1, 2, 3]], max_new_tokens=5, eos_token_id=())
-    before = generation._prefill._cache_size(), generation._decode._cache_size()
+    before = engine.prefill._cache_size(), engine.decode._cache_size()
     generate(model, [[4, 5, 6, 7, 8, 9, 10]], max_new_tokens=11, eos_token_id=())
-    assert (generation._prefill._cache_size(), generation._decode._cache_size()) == before
+    assert (engine.prefill._cache_size(), engine.decode._cache_size()) == before
 
 
 def test_buckets():

@@ -13,7 +13,7 @@ import pytest
 from core_models import golden_arrays, golden_model
 
 import moe_jax
-from moe_jax import Model, generate, generation, stream
+from moe_jax import Model, engine, generate, generation, stream
 
 NEW = 12
 LENGTHS = (9, 3, 6)
@@ -152,7 +152,7 @@ def test_draws_do_not_depend_on_the_other_rows():
 
 def test_only_new_shapes_and_kinds_of_sampling_compile():
     ids, mask = batch(left=True)
-    count = lambda: generation._prefill._cache_size() + generation._decode._cache_size()
+    count = lambda: engine.prefill._cache_size() + engine.decode._cache_size()
     options = {"temperature": 0.9, "top_k": 20, "key": 1}
     run(ids, mask, **options)
     before = count()

@@ -12,7 +12,7 @@ from conftest import GOLDEN, golden_cases
 from core_models import folder, golden_arrays, golden_model, only
 
 import moe_jax
-from moe_jax import generation
+from moe_jax import engine
 
 #: Quick: one of each family, and those that share its programs.
 QUICK = """deepseek_v2 deepseek_v3 dots1 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe_tied hunyuan_v1_moe llama4
@@ -24,7 +24,7 @@ WAYS = ("full", "right", "left")
 @pytest.fixture(scope="module")
 def runs(request):
     """A future per case that a test asks for: two threads compile ahead. Generation reports its steps' logits."""
-    sample, steps = generation.sample, {}
+    sample, steps = engine.sample, {}
     tracing = contextvars.ContextVar("architecture")
 
     def reporting(sampler, logits, key, seen=None):
@@ -50,7 +50,7 @@ def runs(request):
         groups.setdefault(golden_model(case).architecture, []).append(case)
     _forget()
     with pytest.MonkeyPatch.context() as patch, concurrent.futures.ThreadPoolExecutor(2) as pool:
-        patch.setattr(generation, "sample", reporting)
+        patch.setattr(engine, "sample", reporting)
         for cases in groups.values():
             pool.submit(contextvars.copy_context().run, run_group, cases)
         yield futures
@@ -60,8 +60,8 @@ def runs(request):
 
 def _forget():
     """No other test meets the reporting steps, nor this one steps that do not report."""
-    generation._prefill.clear_cache()
-    generation._decode.clear_cache()
+    engine.prefill.clear_cache()
+    engine.decode.clear_cache()
 
 
 def _run(case, steps):

@@ -1,0 +1,149 @@
+"""The compiled steps of generation: prefill and the decode loop, over a cache that is handed on and donated."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from pallas_kernels.dims import Array as AnyArray
+
+from . import decoder
+from .attention import Span
+from .block import RoutingRequest
+from .cache import KVCache, make_cache
+from .model import ascending, id_dtype
+from .sampling import Sampler, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What one decode step hands to the next. `step`: new tokens so far, the same for all rows."""
+
+    cache: KVCache
+    tokens: Int[Array, "B new"]
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"] | None
+    experts: Int[Array, "Lm B new A"] | None
+    step: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What stays the same over all steps. `total`: tokens that the longest row may reach (LongRoPE's switch)."""
+
+    sampler: Sampler
+    key: Array | None
+    eos: Int[AnyArray, " n"]
+    pad: Int[AnyArray, ""] | int
+    total: Int[AnyArray, ""] | int
+    forced: Int[AnyArray, "Lm B new A"] | None
+    implementation: str | None = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the programs of a run are compiled for: columns of the cache, `room` for new tokens."""
+
+    capacity: int
+    room: int
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def prefill(architecture, sizes, record, weights, ids, lengths, forced, request):
+    """Fill a new cache with `ids [B, T]`, of which the first `lengths [B]` are real, and draw the first new token.
+
+    Returns the state and, if they are to be recorded, the experts of the prompt `[Lm, B, T, A]`.
+    """
+    rows, width = ids.shape
+    lengths = jnp.asarray(lengths)
+    cache = make_cache(architecture, rows, sizes.capacity, weights["embedding"].dtype)
+    real = jnp.arange(width, dtype=jnp.int32) < lengths[:, None]
+    # Padding stands where the row's last token does: no table of positions ends before it.
+    positions = jnp.minimum(jnp.arange(width, dtype=jnp.int32), lengths[:, None] - 1)
+    turn = decoder.make_turn(architecture.block.attention, positions, request.total)
+    span = Span(positions, turn=turn, start=0)
+    routing = RoutingRequest(real, forced, request.implementation)
+    record = record and bool(architecture.moe_layers)
+    x, cache, trace = decoder.decode(architecture, weights, ids, span, cache, routing, record)
+    x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+    seen = None
+    if request.sampler.repetition_penalty is not None:
+        seen = jnp.zeros((rows, architecture.vocab_size), bool).at[jnp.arange(rows)[:, None], ids].max(real)
+    state = State(
+        cache=dataclasses.replace(cache, lengths=lengths),
+        tokens=jnp.full((rows, sizes.room), request.pad, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        seen=seen,
+        experts=_no_experts(architecture, rows, sizes.room) if record else None,
+        step=jnp.zeros((), jnp.int32),
+    )
+    experts = _experts_of(architecture, trace, ids.shape) if record else None
+    return _draw(architecture, weights, state, request, x), experts
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(architecture, weights, state, request, limit):
+    """Step until `limit` new tokens stand, or all rows have ended."""
+
+    def unfinished(state):
+        return (state.step < limit) & ~state.done.all()
+
+    return jax.lax.while_loop(unfinished, lambda state: _step(architecture, weights, state, request), state)
+
+
+def _step(architecture, weights, state, request):
+    """Run the newest token of each row and draw the next one.
+
+    Rows that have ended take no expert's time and stay as long as they are: what they write is never read.
+    """
+    at, lengths = state.step - 1, state.cache.lengths
+    token = jax.lax.dynamic_slice_in_dim(state.tokens, at, 1, axis=1)
+    positions, real = lengths[:, None], ~state.done[:, None]
+    span = Span(positions, turn=decoder.make_turn(architecture.block.attention, positions, request.total))
+    forced = None
+    if request.forced is not None:
+        forced = jax.lax.dynamic_slice_in_dim(request.forced, at, 1, axis=2)
+    routing = RoutingRequest(real, forced, request.implementation)
+    record = state.experts is not None
+    x, cache, trace = decoder.decode(architecture, weights, token, span, state.cache, routing, record, lengths)
+    state = dataclasses.replace(state, cache=dataclasses.replace(cache, lengths=lengths + real[:, 0]))
+    if record:
+        chosen = _experts_of(architecture, trace, token.shape)
+        experts = jax.lax.dynamic_update_slice_in_dim(state.experts, chosen, at, axis=2)
+        state = dataclasses.replace(state, experts=experts)
+    return _draw(architecture, weights, state, request, x[:, 0])
+
+
+def _draw(architecture, weights, state, request, x):
+    """From the last hidden state of each row to its next token."""
+    with jax.named_scope("logits"):
+        logits = decoder.logits(architecture, weights, decoder.final(architecture, weights, x))
+    with jax.named_scope("sample"):
+        key = None if request.key is None else jax.random.fold_in(request.key, state.step)
+        token = sample(request.sampler, logits, key, state.seen)
+        token = jnp.where(state.done, request.pad, token)
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
+    return dataclasses.replace(
+        state,
+        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
+        done=state.done | (token[:, None] == request.eos).any(-1),
+        seen=seen,
+        step=state.step + 1,
+    )
+
+
+def _no_experts(architecture, rows, room):
+    router, layers = architecture.block.router, len(architecture.moe_layers)
+    return jnp.full((layers, rows, room, router.top_k), -1, id_dtype(router.num_experts))
+
+
+def _experts_of(architecture, trace, shape):
+    choices, router = trace.choices, architecture.block.router
+    ids, _ = ascending(choices.ids, choices.weights, router.num_experts)
+    return ids.reshape(ids.shape[0], *shape, router.top_k)
