@@ -8,7 +8,7 @@ from .generation import Generated, generate, stream
 from .model import Model, Record
 from .moe import MoE
 from .pretrained import load_pretrained, save_pretrained
-from .quantize import quantize
+from .quantize import dequantize, quantize
 from .router import Routing
 from .text import generate_text, score, stream_text
 from .tokenizer import load_tokenizer
@@ -28,6 +28,7 @@ __all__ = [
     "TopKGate",
     "__version__",
     "convert",
+    "dequantize",
     "generate",
     "generate_text",
     "load_pretrained",

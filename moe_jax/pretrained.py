@@ -1,5 +1,6 @@
 """`load_pretrained` and `save_pretrained`: whole models from and to Hugging Face folders."""
 
+import functools
 import json
 import logging
 import os
@@ -10,14 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.quantized import check_group_size
+
+from .checkpoint.formats import formats_of_weights, quantization_to_write
 from .checkpoint.gguf_llama import GGUFCheckpoint
 from .checkpoint.hub import resolve
-from .checkpoint.int8 import Int8Format
 from .checkpoint.load import load_weights
 from .checkpoint.save import write_json, write_weights
 from .checkpoint.source import Checkpoint, TensorSource
 from .config import ModelConfig
 from .model import Model, named_implementation
+from .quantize import encoder
 from .weights import flattened
 
 _log = logging.getLogger(__name__)
@@ -29,15 +33,19 @@ def load_pretrained(
     dtype: Any = "auto",
     mesh: Any = None,
     implementation: str | Mapping[str, str] | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
 ) -> Model:
     """Load a model from a folder with `config.json` and safetensors, from the hub by id, or a Llama `.gguf` file.
 
     Args: `dtype`: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU. `mesh`: None; sharded
     loading is not there yet. `implementation`: name of the expert MLP's implementation, or a mapping from operation
-    to name. FP8 block-scaled and MXFP4 tensors are widened while they are read; int8 kernels that `save_pretrained`
-    wrote stay int8, `dtype` being that of everything else.
-    Raises `ValueError` for an unsupported family, config key or quantisation; `OSError` for files that are missing,
-    truncated or do not fit the config, naming all tensors concerned.
+    to name. `quantize`: "int8" makes kernels int8 while they are loaded, the same as `moe_jax.quantize` of the loaded
+    model with this `group_size`, but only one layer of a stack is ever held wide.
+    MXFP4 experts stay in 4 bits and int8 kernels that `save_pretrained` wrote stay int8, `dtype` being that of
+    everything else (`moe_jax.dequantize` widens them). FP8 block-scaled tensors are widened while they are read.
+    Raises `ValueError` for an unsupported family, config key or quantisation, and for int8 of what is int8 already;
+    `OSError` for files that are missing, truncated or do not fit the config, naming all tensors concerned.
 
     >>> import tempfile
     >>> from moe_jax.model import Model, tiny_config
@@ -49,6 +57,7 @@ def load_pretrained(
     if mesh is not None:
         raise ValueError("mesh: sharded loading is not supported yet; load without a mesh")
     dtype, implementation = working_dtype(dtype), named_implementation(implementation)
+    encode = _encoder(quantize, group_size)
     checkpoint: TensorSource
     if os.fspath(path_or_id).endswith(".gguf"):
         gguf = GGUFCheckpoint(Path(path_or_id))
@@ -58,12 +67,22 @@ def load_pretrained(
         config, generation = ModelConfig.from_json_file(folder / "config.json"), _settings(folder)
         checkpoint = Checkpoint(folder, config.text if "quantization_config" in config.text else config.hub)
     try:
-        weights, ignored = load_weights(checkpoint, config, dtype)
+        weights, ignored = load_weights(checkpoint, config, dtype, encode)
     finally:
         checkpoint.close()
     if ignored:
         _log.info("%s: %d tensors are not needed: %s", path_or_id, len(ignored), ", ".join(ignored))
     return Model(config, weights, generation, implementation)
+
+
+def _encoder(quantize: str | None, group_size: int | None) -> Any:
+    """What the loader turns kernels into; None: nothing."""
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize: {quantize!r} is neither None nor 'int8'")
+    check_group_size(group_size)
+    if quantize is None and group_size is not None:
+        raise ValueError(f"group_size: {group_size}, but quantize is None")
+    return functools.partial(encoder, group_size=group_size) if quantize else None
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
@@ -83,10 +102,10 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
     """Write a model in the Hugging Face layout of its family: safetensors, `config.json`, generation settings.
 
     Tensors keep the model's dtype, so that loading them again gives equal weights; transformers reads the folder
-    too. A model of `moe_jax.quantize` is written in int8, a tensor `<name>_scale` beside each kernel, and
-    `quantization_config` says so ("moe_jax_int8"): such a folder only we can read, transformers cannot. Each file
-    appears under its name when it is whole; weights of an earlier save are removed after the new ones stand. Raises
-    `OSError` if the folder cannot be written.
+    too. MXFP4 experts are written as they were released. A model of `moe_jax.quantize` is written in int8, a tensor
+    `<name>_scale` beside each kernel, and `quantization_config` says so ("moe_jax_int8"): such a folder only we can
+    read, transformers cannot. Each file appears under its name when it is whole; weights of an earlier save are removed
+    after the new ones stand. Raises `OSError` if the folder cannot be written.
 
     >>> import tempfile
     >>> from moe_jax.model import Model, tiny_config
@@ -98,15 +117,15 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, model.config, model.arrays(), max_shard_bytes)
+    quantization = quantization_to_write(model.config, formats_of_weights(flattened(model.arrays())))
     hub = model.config.to_dict()
     for values in (hub, hub.get(model.config.family.nested_config or "", {})):
-        values.pop("quantization_config", None)  # formats other than ours are written widened
+        values.pop("quantization_config", None)  # fp8 is written widened
         values.pop("dtype", None)
         if values:
             values["torch_dtype"] = str(model.dtype)
-    int8 = Int8Format.of_weights(flattened(model.arrays()))
-    if int8 is not None:
-        hub["quantization_config"] = int8.to_dict()
+    if quantization is not None:
+        hub["quantization_config"] = quantization
     write_json(folder / "config.json", hub)
     if model.generation:
         write_json(folder / "generation_config.json", model.generation)

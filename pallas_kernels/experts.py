@@ -17,8 +17,8 @@ class Experts:
     Shapes: `gate` and `up` `[E, D, F]`, `down` `[E, F, D]`, biases `[E, F]` and `[E, D]`, or all of them with a
     leading `[L]` for a stack of layers (then `routed_mlp` takes `layer=`). `gate` is None where the activation has
     no gate. `layout="out_in"`: kernels have their last two axes swapped, the contraction last (what `prepare` makes
-    and what checkpoints hold). Kernels may be `Quantized` (int8, MXFP4), whose layout is "out_in". Building one validates the
-    shapes; it neither copies nor fuses, so it can be built from tracers.
+    and what checkpoints hold). Kernels may be `Quantized` (int8, MXFP4), whose layout is "out_in". Building one
+    validates the shapes; it neither copies nor fuses, so it can be built from tracers.
 
     Raises `ValueError` naming the field and both shapes.
 

@@ -15,7 +15,8 @@ from ..weights import Parameter, parameters
 class Piece:
     """One tensor's share in a parameter: `index` into the stacked parameter, shape on disk, shape of the share.
 
-    `kernel`: whether the share has an input axis.
+    `kernel`: whether the share has an input axis. `axis`: the one on disk along which outputs, or a vector's
+    components, lie.
     """
 
     parameter: str
@@ -25,6 +26,7 @@ class Piece:
     disk_shape: tuple[int, ...]
     shape: tuple[int, ...]
     kernel: bool
+    axis: int
 
 
 def pieces(config: ModelConfig) -> Iterator[Piece]:
@@ -48,11 +50,12 @@ def _pieces_of(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> 
     shape = parameter.shape[lead:]
     stacked = parameter.experts > 0 and not each_expert
     disk_shape = _disk_shape(shape, parameter.inputs, tensor, stacked)
+    axis = _output_axis(disk_shape, parameter, tensor)
     for place, layer in enumerate(parameter.layers or (None,)):
         for expert in range(parameter.experts) if each_expert else (None,):
             index = (() if layer is None else (place,)) + (() if expert is None else (expert,))
             on_disk = prefix + tensor.name.format(layer=layer, expert=expert)
-            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0)
+            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0, axis)
 
 
 def _pyramid(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> Iterator[Piece]:
@@ -65,8 +68,9 @@ def _pyramid(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> It
             shape = parameter.shape[1:] if each_expert else (count, *parameter.shape[1:])
             stacked = parameter.experts > 0 and not each_expert
             disk_shape = _disk_shape(shape, parameter.inputs, tensor, stacked)
+            axis = _output_axis(disk_shape, parameter, tensor)
             on_disk = prefix + tensor.name.format(layer=layer, expert=expert)
-            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0)
+            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0, axis)
         first += count
 
 
@@ -81,16 +85,15 @@ def _disk_shape(shape: tuple[int, ...], inputs: int, tensor: Tensor, stacked: bo
     return ((1,) if tensor.leading_one else ()) + experts + kernel
 
 
-def _output_axis(piece: Piece) -> int:
-    """The axis on disk along which a kernel's outputs, or a vector's components, lie."""
-    return len(piece.disk_shape) - (2 if piece.kernel and not piece.tensor.transposed else 1)
+def _output_axis(disk_shape: tuple[int, ...], parameter: Parameter, tensor: Tensor) -> int:
+    return len(disk_shape) - (2 if parameter.inputs and not tensor.transposed else 1)
 
 
 def from_disk(piece: Piece, array: np.ndarray) -> np.ndarray:
     """The parameter's share of a tensor as read."""
     index, count = piece.tensor.part
     if count > 1:
-        axis = _output_axis(piece)
+        axis = piece.axis
         size = array.shape[axis] // count
         cut = slice(index, None, count) if piece.tensor.interleaved else slice(index * size, (index + 1) * size)
         array = array[(slice(None),) * axis + (cut,)]
@@ -102,7 +105,7 @@ def from_disk(piece: Piece, array: np.ndarray) -> np.ndarray:
 def to_disk(parts: list[tuple[Piece, np.ndarray]]) -> np.ndarray:
     """The tensor on disk out of all its parameters' shares: the inverse of `from_disk`."""
     first, _ = parts[0]
-    tensor, axis = first.tensor, _output_axis(first)
+    tensor, axis = first.tensor, first.axis
     one = list(first.disk_shape)
     one[axis] //= tensor.part[1]
     shares = []

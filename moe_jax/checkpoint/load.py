@@ -5,7 +5,8 @@ import functools
 import math
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,36 +15,52 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import ModelConfig
-from ..weights import Weights, nested, parameters
-from .int8 import SCALE, format_of, joined, stacks, stored_in_int8, with_scales
+from ..weights import Parameter, Weights, nested, parameters
+from .formats import as_stored, formats_on_disk, joined, split
+from .int8 import SCALE, Int8Format
 from .layout import Piece, from_disk, pieces
 from .quantized import convert
-from .source import TensorSource
+from .source import Stored, TensorSource
 
 #: Steers the choice of experts by differences far below bfloat16's resolution.
 _KEEP_FLOAT32 = ("moe.selection_bias",)
 _THREADS = 4
 
 
-def load_weights(checkpoint: TensorSource, config: ModelConfig, dtype: Any) -> tuple[Weights, list[str]]:
+#: What a stack's layers, or a whole parameter, become before they are kept, and whether all of it was finite.
+Encode = Callable[[jax.Array], tuple[Any, Any]]
+
+
+def load_weights(
+    checkpoint: TensorSource,
+    config: ModelConfig,
+    dtype: Any,
+    encoder: Callable[[str, Parameter], Encode | None] | None = None,
+) -> tuple[Weights, list[str]]:
     """All parameters in `dtype`, and the names of tensors that were left out because the family ignores them.
 
-    Kernels that the config says are int8, and that are, stay so. Every stack is allocated once and filled in place, so
-    that host memory holds the model, the stack in work and a few single tensors. Raises `OSError` that names all
-    missing, unexpected and misshapen tensors.
+    Experts in MXFP4 stay so, and kernels that the config says are int8, and that are. `encoder` names what a parameter
+    that is read in `dtype` is turned into, layer by layer. Every stack is allocated once and filled in place, so that
+    host memory holds the model, the stack in work and a few single tensors. Raises `OSError` that names all missing,
+    unexpected and misshapen tensors, `ValueError` for weights that an encoder finds not finite, and for int8 weights
+    if there is one.
     """
-    plan, form = list(pieces(config)), format_of(config)
-    int8 = stored_in_int8(plan, checkpoint.tensors) if form else set()
-    plan = list(with_scales(plan, config, int8, form))
-    ignored = _check(checkpoint, config, plan)
+    plan, table = list(pieces(config)), parameters(config.architecture)
+    formats = formats_on_disk(plan, checkpoint.tensors, config)
+    if encoder and any(isinstance(form, Int8Format) for form in formats.values()):
+        raise ValueError("quantize: the checkpoint's weights are int8 already")
+    found = as_stored(checkpoint.tensors, plan, formats)
+    plan = list(split(plan, table, formats))
+    ignored = _check(checkpoint.folder, found, config, plan)
     _check_tied_head(checkpoint, config)
     by_parameter: dict[str, list[Piece]] = {}
     for piece in plan:
         by_parameter.setdefault(piece.parameter, []).append(piece)
     layout: dict[str, Any] = {}
-    for name, parameter in parameters(config.architecture).items():
+    for name, parameter in table.items():
         kind = np.dtype(np.float32 if name in _KEEP_FLOAT32 else dtype)
-        layout |= stacks(name, parameter, form) if name in int8 else {name: (parameter.shape, kind)}
+        plain = {name: (parameter.shape, kind)}
+        layout |= formats[name].stacks(name, parameter) if name in formats else plain
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())
     weights: dict[str, Any] = {}
     with (
@@ -51,14 +68,15 @@ def load_weights(checkpoint: TensorSource, config: ModelConfig, dtype: Any) -> t
         tqdm(total=total, desc="loading", unit="B", unit_scale=True, delay=2, leave=False) as bar,
     ):
         for name, parts in by_parameter.items():
+            encode = encoder(name, table[name]) if encoder and name in table else None
             shape, kind = layout[name]
-            weights[name] = _stack(checkpoint, parts, shape, kind, pool, bar)
-    return nested(joined(weights, config, int8, form, dtype)), ignored
+            weights[name] = _stack(checkpoint, parts, shape, kind, pool, bar, encode)
+    return nested(joined(weights, table, formats, dtype)), ignored
 
 
-def _check(checkpoint: TensorSource, config: ModelConfig, plan: list[Piece]) -> list[str]:
+def _check(folder: Path, found: Mapping[str, Stored], config: ModelConfig, plan: list[Piece]) -> list[str]:
     """Compare names and shapes with what is on disk, before reading anything."""
-    found, wanted = checkpoint.tensors, {piece.name: piece.disk_shape for piece in plan}
+    wanted = {piece.name: piece.disk_shape for piece in plan}
     missing = sorted(set(wanted) - set(found))
     misshapen = sorted(
         f"{name} {found[name].shape}, expected {shape}"
@@ -80,7 +98,7 @@ def _check(checkpoint: TensorSource, config: ModelConfig, plan: list[Piece]) -> 
         if names
     ]
     if problems:
-        raise OSError(f"{checkpoint.folder}: tensors do not fit {config!r}; " + "; ".join(problems))
+        raise OSError(f"{folder}: tensors do not fit {config!r}; " + "; ".join(problems))
     return ignored
 
 
@@ -103,7 +121,7 @@ def _ignorable(name: str, config: ModelConfig) -> bool:
     return bool(config.family.next_token_layers and layer and int(layer[1]) >= config.num_layers)
 
 
-def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar) -> jax.Array:
+def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar, encode: Encode | None) -> Any:
     """One stacked parameter: on a CPU filled where it will stay, elsewhere layer by layer into a donated buffer."""
 
     def fill(target: np.ndarray, piece: Piece, index: tuple[Any, ...]) -> None:
@@ -116,16 +134,30 @@ def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar) -> jax.Array
         bar.update(room.nbytes)
 
     ranges = any(isinstance(i, slice) for piece in parts for i in piece.index)  # a pyramid's routers: small
-    if jax.default_backend() == "cpu" or ranges:
+    if ranges or (jax.default_backend() == "cpu" and encode is None):
         host = _aligned(shape, dtype)
         _all(pool.submit(fill, host, piece, piece.index) for piece in parts)
         return jax.device_put(host)
-    buffer = jnp.zeros(shape, dtype)
+    buffer = None
     for layer in dict.fromkeys(piece.index[:1] for piece in parts):
         host = np.empty(shape[len(layer) :], dtype)
         _all(pool.submit(fill, host, p, p.index[1:]) for p in parts if p.index[:1] == layer)
-        buffer = _put(buffer, host, layer[0]) if layer else jnp.asarray(host)
+        own = _encoded(jnp.asarray(host), parts[0], encode)
+        if not layer:
+            return own
+        if buffer is None:
+            buffer = jax.tree.map(lambda w: jnp.zeros((shape[0], *w.shape), w.dtype), own)
+        buffer = _put(buffer, own, layer[0])
     return buffer
+
+
+def _encoded(array: jax.Array, piece: Piece, encode: Encode | None) -> Any:
+    if encode is None:
+        return array
+    encoded, finite = encode(array)
+    if not finite:
+        raise ValueError(f"quantize: {piece.parameter} holds values that are not finite")
+    return encoded
 
 
 def _all(futures: Iterable[concurrent.futures.Future]) -> None:
@@ -142,4 +174,4 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(buffer, layer, index):
-    return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, 0)
+    return jax.tree.map(lambda w, own: jax.lax.dynamic_update_index_in_dim(w, own, index, 0), buffer, layer)

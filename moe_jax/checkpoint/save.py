@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.quantized import is_quantized
-
 from ..config import ModelConfig
-from ..weights import Weights, flattened
-from .int8 import Int8Format, separated, with_scales
+from ..weights import Weights, flattened, parameters
+from .formats import formats_of_weights, separated, split
 from .layout import Piece, pieces, to_disk
 from .safetensors import write_file
 
@@ -24,12 +22,12 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\
 def write_weights(folder: Path, config: ModelConfig, weights: Weights, max_shard_bytes: int) -> None:
     """Write all tensors under the family's names, one at a time, in files of at most `max_shard_bytes`.
 
-    Int8 kernels are written as they are, with a tensor of scales each (see `int8.py`).
+    Quantised kernels are written as they are, each as its arrays (see `int8.py`, `mxfp4.py`).
     """
     flat = flattened(weights)
-    form = Int8Format.of_weights(flat)
-    plan = with_scales(pieces(config), config, {name for name in flat if is_quantized(flat[name])}, form)
-    flat = separated(flat)
+    formats = formats_of_weights(flat)
+    plan = split(pieces(config), parameters(config.architecture), formats)
+    flat = separated(flat, formats)
     tensors: dict[str, list[Piece]] = {}
     for piece in plan:
         tensors.setdefault(piece.name, []).append(piece)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .int8 import METHOD, Int8Format
+from .mxfp4 import BLOCKS, SCALES
 from .quantized import widen_fp8, widen_mxfp4
 from .safetensors import Entry, TensorFile
 
@@ -18,12 +19,16 @@ _SINGLE = "model.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor's bytes lie and what they become: `kind` plain, mxfp4 or fp8; `shape` after widening."""
+    """Where a tensor's bytes lie and what they become: `kind` plain, mxfp4 or fp8; `shape` after widening.
+
+    `parts`: the plain tensors that an MXFP4 one is made of, which can be read as well.
+    """
 
     shape: tuple[int, ...]
     kind: str
     dtype: str
     nbytes: int
+    parts: dict[str, "Stored"] | None = None
 
 
 class TensorSource(Protocol):
@@ -97,12 +102,17 @@ class Checkpoint:
                 continue
             if name.endswith("_blocks") and self._is_mxfp4(name[:-7]):
                 experts, out, groups, half = entry.shape
-                tensors[name[:-7]] = Stored((experts, groups * half * 2, out), "mxfp4", "MXFP4", entry.nbytes)
+                shape = (experts, groups * half * 2, out)
+                tensors[name[:-7]] = Stored(shape, "mxfp4", "MXFP4", entry.nbytes, self._parts(name[:-7]))
             elif self._is_fp8(name):
                 tensors[name] = Stored(entry.shape, "fp8", entry.dtype, entry.nbytes)
             else:
                 tensors[name] = Stored(entry.shape, "plain", entry.dtype, entry.nbytes)
         return tensors
+
+    def _parts(self, name: str) -> dict[str, Stored]:
+        parts = {name + part: self._entry(name + part) for part in (BLOCKS, SCALES)}
+        return {part: Stored(e.shape, "plain", e.dtype, e.nbytes) for part, e in parts.items()}
 
     def _is_mxfp4(self, name: str) -> bool:
         """Whether `name` is stored as blocks of 32 values with a scale each."""
@@ -130,7 +140,7 @@ class Checkpoint:
 
     def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
         """A tensor, widened to float32 where it is stored quantised; `into` itself where it can be read there."""
-        kind = self.tensors[name].kind
+        kind = self.tensors[name].kind if name in self.tensors else "plain"  # a part
         if kind == "mxfp4":
             return widen_mxfp4(self._raw(f"{name}_blocks"), self._raw(f"{name}_scales"))
         if kind == "fp8":

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,22 @@ from ..checkpoint.hub import resolve
 from ..demo import fetch_demo
 from ..model import Model
 from ..pretrained import load_pretrained
+from ..quantize import quantize
 from ..tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 from ..upcycle import upcycle
 
 DEMO = "SmolLM2-135M-Instruct, upcycled to 4 experts"
+_DEMO_EXPERTS = {"num_experts": 4, "top_k": 2}
 _DEMO_PENALTY = 1.1
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--dtype`, `--implementation`."""
+    """`--model`, `--dtype`, `--implementation`, `--quantize`, `--group-size`."""
     parser.add_argument("--model", metavar="PATH", help=f"folder, hub id or Llama .gguf file (without: {DEMO})")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto")
     parser.add_argument("--implementation", help="the expert MLP's implementation by name")
+    parser.add_argument("--quantize", choices=["int8"], help="kernels in int8, made so while they are loaded")
+    parser.add_argument("--group-size", type=int, metavar="N", help="inputs per int8 scale, 128 say; a row if unset")
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperature: float) -> None:
@@ -47,18 +52,32 @@ def sampling(options: argparse.Namespace) -> dict[str, Any]:
     return given | {"key": options.seed if options.temperature else None}
 
 
-def load(options: argparse.Namespace, tokenizer: bool = True, upcycled: bool = True) -> tuple[Model, Tokenizer | None]:
-    """The model that the options name and its tokenizer; without a name the demo model, `upcycled` or as it is."""
+def load(options: argparse.Namespace) -> tuple[Model, Tokenizer]:
+    """The model that the options name, see `load_as_asked`, and its tokenizer."""
+    reader = load_tokenizer_of(options.model or str(fetch_demo()))
+    return load_as_asked(options), reader
+
+
+def load_as_asked(
+    options: argparse.Namespace, experts: dict[str, int] | None = None, read: Callable[..., Model] | None = None
+) -> Model:
+    """The model that the options name, upcycled to `experts`, else the demo model with its own; in int8 if so asked.
+
+    `read`: in place of `load_pretrained`.
+    """
     begin = time.perf_counter()
-    path = options.model
-    if path is None:
-        path = str(fetch_demo())
-    reader = load_tokenizer_of(path) if tokenizer else None
-    model = load_pretrained(path, dtype=options.dtype, implementation=options.implementation)
-    if options.model is None and upcycled:
-        model = upcycle(model, num_experts=4, top_k=2)
+    if options.group_size is not None and options.quantize is None:
+        raise ValueError("group_size: only with --quantize")
+    path, given = options.model or str(fetch_demo()), {"dtype": options.dtype, "implementation": options.implementation}
+    experts = experts or (_DEMO_EXPERTS if options.model is None else None)
+    if experts is None and read is None:
+        model = load_pretrained(path, quantize=options.quantize, group_size=options.group_size, **given)
+    else:
+        model = (read or load_pretrained)(path, **given)
+        model = model if experts is None else upcycle(model, **experts)
+        model = quantize(model, group_size=options.group_size) if options.quantize else model
     note(f"loaded {options.model or DEMO} in {time.perf_counter() - begin:.1f} s")
-    return model, reader
+    return model
 
 
 def load_tokenizer_of(path: str) -> Tokenizer:

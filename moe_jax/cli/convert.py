@@ -1,13 +1,13 @@
-"""`moe-jax convert`: a model or DeepSpeed's checkpoint into a Hugging Face folder; upcycled or int8 on request."""
+"""`moe-jax convert`: a model or DeepSpeed's checkpoint into a Hugging Face folder; upcycled, int8, widened."""
 
 import argparse
+import functools
 
 from ..convert.deepspeed import load_checkpoint
 from ..demo import fetch_demo
 from ..pretrained import save_pretrained
-from ..quantize import quantize
-from ..upcycle import upcycle
-from .common import add_model, load, load_tokenizer_of, note
+from ..quantize import dequantize
+from .common import add_model, load_as_asked, load_tokenizer_of, note
 
 EXAMPLE = "moe-jax convert --model model.gguf --upcycle 4 --top-k 2 --output smollm2-moe"
 
@@ -19,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--deepspeed", metavar="CONFIG", help="--model is a DeepSpeed checkpoint; JSON of the rest")
     parser.add_argument("--upcycle", type=int, metavar="E", help="make E experts out of each dense MLP of a Llama")
     parser.add_argument("--top-k", type=int, metavar="K", help="experts per token of the upcycled model; 2 if unset")
-    parser.add_argument("--quantize", choices=["int8"], help="write int8 kernels, which only moe_jax reads")
-    parser.add_argument("--group-size", type=int, metavar="N", help="inputs per scale; a whole row if unset")
+    parser.add_argument("--dequantize", action="store_true", help="write int8 and MXFP4 kernels as floats")
     parser.add_argument("--seed", type=int, help="of the upcycled routers; 0 if unset")
 
 
@@ -30,19 +29,16 @@ def run(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen and options.upcycle is None:
         raise ValueError(f"{', '.join(chosen)}: only with --upcycle")
-    if options.group_size is not None and options.quantize is None:
-        raise ValueError("group_size: only with --quantize")
+    if options.dequantize and options.quantize:
+        raise ValueError("dequantize: not with --quantize")
+    read = None
     if options.deepspeed is not None:
         if options.model is None:
             raise ValueError("deepspeed: needs --model, the checkpoint's folder")
-        given = {"dtype": options.dtype, "implementation": options.implementation}
-        model = load_checkpoint(options.model, options.deepspeed, **given)
-    else:
-        model, _ = load(options, tokenizer=False, upcycled=options.upcycle is None)
-    if options.upcycle is not None:
-        model = upcycle(model, options.upcycle, **chosen)
-    if options.quantize is not None:
-        model = quantize(model, group_size=options.group_size)
+        read = functools.partial(load_checkpoint, config=options.deepspeed)
+    model = load_as_asked(options, None if options.upcycle is None else {"num_experts": options.upcycle} | chosen, read)
+    if options.dequantize:
+        model = dequantize(model)
     save_pretrained(model, options.output)
     if options.deepspeed is not None:
         note(f"wrote {model.config!r} to {options.output}")

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..generation import generate
 from ..text import stream_text
-from .common import Speedometer, add_model, add_sampling, load, note, sampling
+from .common import Speedometer, add_model, add_sampling, load, load_as_asked, note, sampling
 
 EXAMPLE = 'moe-jax generate "The capital of France is" --max-new-tokens 32'
 
@@ -45,7 +45,7 @@ def _run_ids(options: argparse.Namespace) -> int:
         raise ValueError(f"prompt: {options.prompt} are not token ids separated by commas") from None
     if options.stop:
         raise ValueError("--stop: stop strings need text, not --ids")
-    model, _ = load(options, tokenizer=False)
+    model = load_as_asked(options)
     width = max(map(len, rows))
     ids = np.array([[0] * (width - len(row)) + row for row in rows])
     mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows])

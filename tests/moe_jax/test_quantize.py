@@ -12,10 +12,11 @@ import pytest
 from core_models import golden_arrays, golden_model, only, tensors_of
 
 import moe_jax
+from moe_jax.checkpoint import load
 from moe_jax.cli import main
 from moe_jax.model import Model, tiny_config
 from moe_jax.quantize import quantize
-from moe_jax.weights import flattened, nested
+from moe_jax.weights import flattened, nested, parameters
 from pallas_kernels import QuantizedArray
 from pallas_kernels.quantized import dense, is_quantized, quantize_runs
 
@@ -195,3 +196,72 @@ def test_the_command_line(tmp_path, capsys):
     assert sizes["I8"] * 4 < json.loads(capsys.readouterr().out)["bytes on disk"]["F32"] < sizes["I8"] * 4.2
     assert main([*convert, "--group-size", "16"]) == 2
     assert "only with --quantize" in capsys.readouterr().err
+
+
+# -- while loading
+
+
+@pytest.mark.parametrize("case", QUICK)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_while_loading_is_int8_after_it(case, dtype, tmp_path):
+    source = golden_model(case, dtype)
+    moe_jax.save_pretrained(source, tmp_path)
+    got = moe_jax.load_pretrained(tmp_path, dtype=dtype, quantize="int8", group_size=CASES[case])
+    equal(got, quantize(source, group_size=CASES[case]))
+
+
+def test_int8_while_loading_a_pyramid(tmp_path):
+    values = {"model_type": "deepspeed_moe", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4}
+    values |= {"num_hidden_layers": 3, "vocab_size": 40, "max_position_embeddings": 64, "num_experts": [0, 2, 4]}
+    source = Model.initialize(moe_jax.ModelConfig.from_dict(values), seed=3)
+    moe_jax.save_pretrained(source, tmp_path)
+    equal(moe_jax.load_pretrained(tmp_path, quantize="int8"), quantize(source))
+
+
+def test_int8_while_loading_holds_one_wide_layer(monkeypatch, tmp_path):
+    moe_jax.save_pretrained(Model.initialize(tiny_config()), tmp_path)
+    made, seen = load._aligned, []
+    monkeypatch.setattr(load, "_aligned", lambda shape, dtype: seen.append(shape) or made(shape, dtype))
+    monkeypatch.setattr(load, "_encoded", lambda *args, call=load._encoded: seen.append(args[0].shape) or call(*args))
+    moe_jax.load_pretrained(tmp_path, quantize="int8")
+    table = parameters(tiny_config().architecture)
+    stacks = {p.shape for name, p in table.items() if p.layers and not KEPT.fullmatch(name)}
+    assert stacks and not stacks & set(seen)
+    assert {shape[1:] for shape in stacks} <= set(seen)
+
+
+def test_what_loading_refuses(tmp_path):
+    weights = Model.initialize(tiny_config()).arrays()
+    moe_jax.save_pretrained(quantize(Model(tiny_config(), weights)), tmp_path / "int8")
+    with pytest.raises(ValueError, match="the checkpoint's weights are int8 already"):
+        moe_jax.load_pretrained(tmp_path / "int8", quantize="int8")
+    with pytest.raises(ValueError, match="quantize: 'int4' is neither None nor 'int8'"):
+        moe_jax.load_pretrained(tmp_path / "int8", quantize="int4")
+    with pytest.raises(ValueError, match="group_size: 16, but quantize is None"):
+        moe_jax.load_pretrained(tmp_path / "int8", group_size=16)
+    with pytest.raises(ValueError, match="group_size: 0 is neither"):
+        moe_jax.load_pretrained(tmp_path / "int8", quantize="int8", group_size=0)
+    weights["moe"]["up"] = weights["moe"]["up"].at[1, 1, 2, 3].set(jnp.inf)
+    moe_jax.save_pretrained(Model(tiny_config(), weights), tmp_path / "infinite")
+    with pytest.raises(ValueError, match="moe.up holds values that are not finite"):
+        moe_jax.load_pretrained(tmp_path / "infinite", quantize="int8")
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_widened_again(group_size):
+    model = quantize(Model.initialize(tiny_config(), dtype=jnp.bfloat16), group_size=group_size)
+    wide = flattened(moe_jax.dequantize(model).arrays())
+    for name, array in flattened(model.arrays()).items():
+        assert not is_quantized(wide[name]) and wide[name].shape == array.shape and wide[name].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(wide[name], dense(array))
+
+
+def test_commands_that_run_in_int8(tmp_path, capsys):
+    moe_jax.save_pretrained(Model.initialize(tiny_config(), seed=2), tmp_path)
+    given = ["generate", "1,2,3", "--ids", "--model", str(tmp_path), "--max-new-tokens", "4"]
+    assert main([*given, "--quantize", "int8", "--group-size", "16"]) == 0
+    model = moe_jax.load_pretrained(tmp_path, quantize="int8", group_size=16)
+    want = moe_jax.generate(model, [[1, 2, 3]], max_new_tokens=4)[0, 3:].tolist()
+    assert capsys.readouterr().out.strip() == ",".join(map(str, want))
+    assert main([*given, "--group-size", "16"]) == 2
+    assert "group_size: only with --quantize" in capsys.readouterr().err
