@@ -116,7 +116,7 @@ class Movement:
     op_name: str
 
     def __str__(self):
-        return f"{self.name}: {self.kind} of {self.source} to {self.array}, {self.nbytes / 1e6:.1f} MB ({self.op_name})"
+        return f"{self.name}: {self.kind} of {self.source} to {self.array}, {self.nbytes / 1e6:.3g} MB ({self.op_name})"
 
 
 def weight_movements(text: str, smallest_bytes: int) -> list[Movement]:
