@@ -80,14 +80,14 @@ class Model(nnx.Module):
         beginning, as `moe_jax.quantize` with this `group_size` would give them. `options`: those of `Model`.
         Raises `ValueError` for other `bits` and a `group_size` that is not a positive integer.
         """
-        from .quantize import _KERNELS  # that module needs this class
+        from .quantize import encoder  # that module needs this class
 
         if bits not in (None, 8):
             raise ValueError(f"bits: {bits!r}; only 8 are supported")
         check_group_size(group_size)
         table, made = parameters(config.architecture), {}
         for key, (name, p) in zip(jax.random.split(jax.random.key(seed), len(table)), table.items(), strict=True):
-            small = bits == 8 and name.rsplit(".", 1)[-1] in _KERNELS
+            small = bits == 8 and encoder(name, p, group_size) is not None
             made[name] = draw_int8(key, p, dtype, group_size) if small else draw(key, name, p, dtype)
         return cls(config, nested(made), **options)
 

@@ -65,20 +65,27 @@ class Measured:
 
 def run(name: str, options: Options) -> list[Measured | tuple[int, str]]:
     """Measurements of one model at each batch size, or the batch size and what went wrong; the model is freed."""
-    config = find_config(name, options.layers)
-    before = _peak(options.device)
+    config, before = find_config(name, options.layers), _peak(options.device)
+    batches = sorted(options.batches)
     found: list[Measured | tuple[int, str]] = []
     with _fresh_cache():
-        model = make(config, options.dtype, options.quantized, options.implementation)
-        jax.block_until_ready(model.arrays())
-        for batch in sorted(options.batches):
+        try:
+            model = make(config, options.dtype, options.quantized, options.implementation)
+            jax.block_until_ready(model.arrays())
+        except RuntimeError as error:  # no memory
+            return [(batch, _note(error)) for batch in batches]
+        for batch in batches:
             try:
                 found.append(_at(model, batch, options, before))
             except Exception as error:  # the others are still to be measured
-                found.append((batch, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+                found.append((batch, _note(error)))
     del model
     gc.collect()
     return found
+
+
+def _note(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _at(model: Model, batch: int, options: Options, before: int) -> Measured:

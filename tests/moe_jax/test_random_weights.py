@@ -58,11 +58,21 @@ def test_refusals():
 @pytest.mark.parametrize("int8", [False, True])
 def test_memory_is_the_weights_and_a_block(int8):
     """A stack of 2.4 GB as the program sees it, at Qwen3's widths: no second stack, no wide copy."""
+    shape = (6, 128, 768, 2048)
+    compiled = random_weights._filled.lower(KEY, shape, 1, jnp.dtype(jnp.bfloat16), int8, None).compile()
     rows, width = 6 * 128 * 768, 2048
-    compiled = random_weights._filled.lower(KEY, rows, width, jnp.dtype(jnp.bfloat16), int8, None).compile()
     memory = compiled.memory_analysis()
     assert memory.output_size_in_bytes == rows * (width + 4 if int8 else 2 * width) + (16 if int8 else 0)
     assert memory.temp_size_in_bytes < 32 * random_weights._BLOCK
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_the_program_gives_the_final_shape(inputs):
+    """Whatever would follow it copies the stack."""
+    parameter = Parameter((3, 7, 2, 8), (0, 1, 2), inputs=inputs)
+    wide = jax.make_jaxpr(lambda key: random_weights.draw(key, "attention.o", parameter, jnp.bfloat16))(KEY)
+    small = jax.make_jaxpr(lambda key: random_weights.draw_int8(key, parameter, jnp.bfloat16))(KEY)
+    assert len(wide.eqns) == len(small.eqns) == 1
 
 
 def test_large_config_is_drawn_with_its_shapes():
