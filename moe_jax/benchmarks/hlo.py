@@ -1,6 +1,7 @@
 """Reading the text of a compiled XLA program: its instructions, and which of them only move bytes."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -57,12 +58,42 @@ class Program:
         fused = (i.calls for i in every if i.opcode in _FUSED)
         return frozenset((*filter(None, fused), *(found[1] for found in applied if found)))
 
-    def launched(self) -> Iterator[Instruction]:
-        """Instructions outside of fusions: what a device runs, or what only names arrays."""
+    @functools.cached_property
+    def _callers(self) -> dict[str, tuple[str, Instruction]]:
+        """The loop or call that runs a computation, and the computation that this stands in."""
+        found = {}
+        for name, block in self.computations.items():
+            for one in block.values():
+                inner = re.search(r"(?:body|to_apply)=%?([\w.\-]+)", one.text)
+                if inner and one.opcode in ("while", "call"):
+                    found[inner[1]] = name, one
+        return found
+
+    def origin(self, block: str, name: str) -> str:
+        """What an array is called where it comes from, by way of loops that only hand it on: an argument, mostly."""
+        index: list[int] = []  # places in the tuples that are still to be opened
+        while name in self.computations[block]:
+            one = self.computations[block][name]
+            if one.opcode == "get-tuple-element":
+                index.append(int(re.search(r"index=(\d+)", one.text)[1]))
+            elif one.opcode == "tuple" and index:
+                name = one.operands[index.pop()]
+                continue
+            elif one.opcode == "parameter" and block in self._callers:
+                block, caller = self._callers[block]
+                name = caller.operands[0 if caller.opcode == "while" else int(re.match(r"\d+", one.text)[0])]
+                continue
+            elif one.opcode not in ("bitcast", "while", "opt-barrier"):
+                return one.op_name.replace("\\", "") if one.opcode == "parameter" and one.op_name else one.name
+            name = one.operands[0]
+        return name
+
+    def launched(self) -> Iterator[tuple[str, Instruction]]:
+        """Instructions outside of fusions, each with its computation: what a device runs, or what only names arrays."""
         inside = self.inside
         for name, block in self.computations.items():
             if name not in inside:
-                yield from block.values()
+                yield from ((name, one) for one in block.values())
 
     def within(self, instruction: Instruction) -> tuple[Instruction, ...]:
         """The instructions of a fusion, without parameters and constants; else the instruction itself."""
@@ -76,7 +107,7 @@ def parse(text: str) -> Program:
 
     >>> import jax
     >>> program = parse(jax.jit(lambda x: x.T + 1).lower(jax.numpy.ones((2, 3))).compile().as_text())
-    >>> [i.arrays for i in program.launched() if i.root]
+    >>> [one.arrays for _, one in program.launched() if one.root]
     [(('f32', (3, 2)),)]
     """
     computations: dict[str, dict[str, Instruction]] = {}
@@ -105,7 +136,7 @@ def _instruction(found: re.Match) -> Instruction:
 class Movement:
     """An instruction that stores `nbytes` which are elsewhere already; `kind`: the operation behind it.
 
-    `source`: the array that is moved, as the computation around it names it.
+    `source`: the array that is moved, by the name of the program's argument if it is one.
     """
 
     name: str
@@ -133,16 +164,22 @@ def weight_movements(text: str, smallest_bytes: int) -> list[Movement]:
     (['dynamic-slice'], [])
     """
     program = parse(text)
-    found: list[Movement] = []
-    for one in program.launched():
-        if one.opcode in _FUSED and one.calls in program.computations:
-            found += _fused_movements(one, program.computations[one.calls])
-        elif (kind := one.opcode.removesuffix("-start")) in _MOVES:
-            # a copy's start gives the copy first, others their operands
-            array = one.arrays[0 if kind in (one.opcode, "copy") else len(one.operands)]
-            source = one.operands[0] if one.operands else ""
-            found.append(Movement(one.name, kind, _shown(array), array_bytes(*array), source, one.op_name))
-    return [one for one in found if one.nbytes >= smallest_bytes]
+    return [
+        dataclasses.replace(moved, source=program.origin(block, moved.source))
+        for block, one in program.launched()
+        for moved in _movements(one, program.computations)
+        if moved.nbytes >= smallest_bytes
+    ]
+
+
+def _movements(one: Instruction, computations: dict[str, dict[str, Instruction]]) -> Iterator[Movement]:
+    if one.opcode in _FUSED and one.calls in computations:
+        yield from _fused_movements(one, computations[one.calls])
+    elif (kind := one.opcode.removesuffix("-start")) in _MOVES:
+        # a copy's start gives the copy first, others their operands
+        array = one.arrays[0 if kind in (one.opcode, "copy") else len(one.operands)]
+        source = one.operands[0] if one.operands else ""
+        yield Movement(one.name, kind, _shown(array), array_bytes(*array), source, one.op_name)
 
 
 def _fused_movements(fusion: Instruction, block: dict[str, Instruction]) -> Iterator[Movement]:

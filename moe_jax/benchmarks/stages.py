@@ -46,7 +46,7 @@ class Stages:
 
     def __init__(self, program: Program):
         self._by_kernel: dict[str, set[str]] = collections.defaultdict(set)
-        for one in program.launched():
+        for _, one in program.launched():
             stage = _stage(program, one)
             shared = re.search(r'deduplicated_name="([^"]+)"', one.text)
             for name in (one.name, *(shared.groups() if shared else ())):

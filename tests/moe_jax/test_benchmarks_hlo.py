@@ -64,11 +64,13 @@ def _text(function, *args):
 def test_gpu_programs():
     found = weight_movements(GPU, 1000)
     assert [(m.name, m.kind, m.source, m.nbytes) for m in found] == [
-        ("fusion-start.4", "dynamic-slice", "w", 16 * 128 * 2048 * 2),
+        ("fusion-start.4", "dynamic-slice", "weights['attention']['k']", 16 * 128 * 2048 * 2),
         ("copy-start", "copy", "q", 64 * 2048),
         ("dequantised", "dequantisation", "q", 64 * 2048 * 2),
     ]
-    assert str(found[0]).startswith("fusion-start.4: dynamic-slice of w to bf16[1,16,128,2048], 8.39 MB")
+    assert str(found[0]).startswith(
+        "fusion-start.4: dynamic-slice of weights['attention']['k'] to bf16[1,16,128,2048], 8.39 MB"
+    )
     assert weight_movements(GPU, 16 * 128 * 2048 * 2 + 1) == []
 
 
@@ -83,6 +85,14 @@ def test_gpu_programs():
 def test_plain_movements_on_a_cpu(kind, move):
     found = weight_movements(_text(move, STACK, 1), LAYER)
     assert [m.kind for m in found] == [kind] and found[0].nbytes >= LAYER
+
+
+def test_movements_in_a_loop_name_the_argument():
+    def last(x, weights):
+        return jax.lax.fori_loop(0, 4, lambda i, y: jnp.tanh(jnp.sort(weights["k"][i], 0).T @ y), x)
+
+    found = weight_movements(_text(last, jnp.ones((64, 3)), {"k": jnp.ones((4, 64, 64)), "q": STACK}), 64 * 64 * 4)
+    assert "weights['k']" in {m.source for m in found} and "weights['q']" not in {m.source for m in found}
 
 
 def test_int8_that_is_widened_is_found():
