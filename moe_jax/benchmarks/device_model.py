@@ -201,7 +201,7 @@ def _values(one: Measured, tokens: int, decode: bool) -> dict[str, float]:
         work["active experts"] = one.active
     return {
         "tokens/s": tokens / one.whole.median,
-        "first token, ms": 1e3 * one.first.median,
+        **({"first token, ms": 1e3 * one.first.median} if decode else {}),
         "compile from cache, s": one.warm - one.whole.median,
         **work,
         **gigabytes,

@@ -113,34 +113,33 @@ def _totals(found: Profile, names: Sequence[str]) -> dict[str, float]:
 
 
 def one_layer(found: Profile) -> list[tuple[Kernel, str, float]]:
-    """Kernels of one layer from the middle of the trace, with stage and the gap before; empty where it is not seen.
-
-    Layers are told apart by a kernel that runs once in each.
-    """
-    bounds = _bounds(found)
-    if not bounds:
+    """Kernels of one layer from the middle of the trace, with stage and the gap before; empty where it is not seen."""
+    places = _layers(found)
+    if not places:
         return []
-    at = len(bounds) // 2
-    first, last = bounds[at - 1] + 1, bounds[at] + 1
+    first, last = places[len(places) // 2]
     return list(zip(found.kernels[first:last], found.stages[first:last], found.gaps[first:last], strict=True))
 
 
 def layer_kernels(found: Profile) -> float | None:
     """Kernels of a layer, the median; None where layers are not told apart."""
-    bounds = _bounds(found)
-    return float(np.median(np.diff(bounds))) if len(bounds) > 1 else None
+    return statistics.median(last - first for first, last in _layers(found)) if _layers(found) else None
 
 
-def _bounds(found: Profile) -> list[int]:
-    """Where each layer's last large kernel stands: that of expert MLPs, if it is one, which takes most time."""
+def _layers(found: Profile) -> list[tuple[int, int]]:
+    """Where layers begin and end, but for each step's first one, before which the step begins.
+
+    They end with a kernel that runs once in each: the last of the expert MLP, or else which takes most time.
+    """
     names = [kernel.name for kernel in found.kernels]
     seconds, counts = _totals(found, names), collections.Counter(names)
     once = [name for name, count in counts.items() if count == found.steps * found.layers]
-    if found.layers < 2 or not once:
+    if not once:
         return []
     own = [name for name in once if name.startswith("moe_jax_expert_down")] or once
     mark = max(own, key=lambda name: seconds[name])
-    return [i for i, name in enumerate(names) if name == mark]
+    ends = [i + 1 for i, name in enumerate(names) if name == mark]
+    return [(ends[i - 1], ends[i]) for i in range(1, len(ends)) if i % found.layers]
 
 
 def summary(found: Profile) -> Iterator[str]:
