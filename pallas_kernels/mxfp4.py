@@ -38,17 +38,30 @@ class MXFP4Array(Quantized):
         """Shape of the array that this stands for."""
         return (*self.blocks.shape[:-1], 2 * self.blocks.shape[-1])
 
+    @property
+    def packed(self) -> bool:
+        """Two inputs share a byte."""
+        return True
+
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array that this stands for, `[...]` in `dtype` (None: its own); exact in float32 and bfloat16.
 
         What is too large becomes infinite; subnormal numbers are kept.
         """
-        dtype, blocks = jnp.dtype(dtype or self.dtype), jnp.asarray(self.blocks)
-        pairs = blocks.astype(jnp.uint16)
+        pairs = jnp.asarray(self.blocks).astype(jnp.uint16)
         pairs = (pairs | pairs << 4) & 0x0F0F
         codes = jax.lax.bitcast_convert_type(pairs, jnp.uint8)  # the low byte, an even input, comes first
-        codes = codes.reshape(*self.scales.shape, GROUP).astype(jnp.uint32)
-        bits = _float32_bits(codes, jnp.asarray(self.scales)[..., None].astype(jnp.uint32)).reshape(self.shape)
+        return self._widened(codes.reshape(self.shape), dtype)
+
+    def parts(self, dtype: Any = None) -> list[tuple[slice, jax.Array]]:
+        """Even inputs, then odd ones."""
+        blocks = jnp.asarray(self.blocks)
+        return [(slice(i, None, 2), self._widened(blocks >> 4 * i & 15, dtype)) for i in (0, 1)]
+
+    def _widened(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        dtype, scales = jnp.dtype(dtype or self.dtype), jnp.asarray(self.scales)[..., None]
+        grouped = codes.reshape(*self.scales.shape, -1)
+        bits = _float32_bits(grouped.astype(jnp.uint32), scales.astype(jnp.uint32)).reshape(codes.shape)
         if dtype == jnp.bfloat16:  # the upper half of float32; the lower is zero
             return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
         return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)

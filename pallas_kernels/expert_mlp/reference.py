@@ -4,24 +4,26 @@ import jax
 import jax.numpy as jnp
 
 from ..experts import Experts
-from ..quantized import dense
+from ..quantized import product
 
 
 def expert(x: jax.Array, weights: Experts) -> jax.Array:
     """One expert (`weights` without expert axis) on rows `x [rows, D]`; products accumulate in float32."""
 
-    def product(x, kernel, bias):
-        kernel = dense(kernel, x.dtype)
+    def times(kernel, x):
         # The transpose is written out: XLA on a CPU then fuses it with the slice that took the kernel from its stack.
         kernel = kernel.T if weights.layout == "out_in" else kernel
-        y = jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+    def linear(x, kernel, bias):
+        y = product(kernel, x, -1, times)
         return y if bias is None else y + bias
 
-    up = product(x, weights.up, weights.up_bias)
-    gate = None if weights.gate is None else product(x, weights.gate, weights.gate_bias)
+    up = linear(x, weights.up, weights.up_bias)
+    gate = None if weights.gate is None else linear(x, weights.gate, weights.gate_bias)
     # XLA on a CPU would compute it again for every output of the next product, if that is of one row.
     hidden = jax.lax.optimization_barrier(weights.activation(gate, up).astype(x.dtype))
-    return product(hidden, weights.down, weights.down_bias).astype(x.dtype)
+    return linear(hidden, weights.down, weights.down_bias).astype(x.dtype)
 
 
 def combine(rows: jax.Array, slot: jax.Array, weights: jax.Array, dtype) -> jax.Array:

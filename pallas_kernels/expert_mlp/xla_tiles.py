@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..plan import make_plan
-from ..quantized import dense, is_quantized, rows_of
+from ..quantized import dense, is_quantized, product, rows_of
 from .reference import combine, expert
 
 
@@ -121,19 +121,20 @@ def _take(experts, index):
 def _on_tile(x, experts, index):
     """Expert `index` on a tile's rows `x [rows, D]`.
 
-    One row: its product reads the kernel in place. More rows: XLA on a CPU copies the kernel first, so it is copied
-    in pieces that stay in the cache until they are used, and the kernel is the left operand, which XLA multiplies
-    faster with few rows. Together they halve the time of 8-row tiles (docs/decisions.md).
+    One row: its product reads the kernel in place, unless it must be unpacked. More rows: XLA on a CPU copies the
+    kernel first, so it is copied in pieces that stay in the cache until they are used, and the kernel is the left
+    operand, which XLA multiplies faster with few rows. Together they halve the time of 8-row tiles (docs/decisions.md).
     """
-    if x.shape[0] == 1 or experts.layout != "out_in":
+    packed = is_quantized(experts.up) and experts.up.packed
+    if (x.shape[0] == 1 and not packed) or experts.layout != "out_in":
         return expert(x, _take(experts, index))
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
-    def product(kernel, bias, columns):
+    def linear(kernel, bias, columns):
         y = _by_pieces(kernel, index, columns, wide)
         return y if bias is None else y + bias[index][:, None]
 
-    return _mlp(product, experts, x)
+    return _mlp(linear, experts, x)
 
 
 def _mlp(product, experts, rows):
@@ -159,7 +160,7 @@ def _by_pieces(kernels, index, columns, dtype):
     def piece(i):
         # all indices in one type, also with 64 bits enabled
         cut = rows_of(kernels, index, jnp.asarray(i * size, index.dtype), size)
-        return jnp.matmul(dense(cut, columns.dtype), columns, preferred_element_type=dtype)
+        return product(cut, columns, 0, functools.partial(jnp.matmul, preferred_element_type=dtype))
 
     if size == out:
         return piece(0)
