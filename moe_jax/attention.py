@@ -9,17 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention import prefill_attention, xla
+from pallas_kernels.attention.xla import MASKED, grouped_mix, grouped_scores, heads_first, tokens_first
 from pallas_kernels.quantized import dense
 
 from .block_config import AttentionConfig
 from .linear import linear
 from .norm import rms_norm
 from .rope import rotate
-
-#: Stands for minus infinity in masked scores: a row without any key gives finite nonsense, not NaN.
-MASKED = -1e30
-#: Scores of at most this many (query, key) pairs per head are held at once; longer prompts go in blocks of queries.
-_PAIRS = 1 << 20
 
 #: Arrays, kernels among them perhaps in int8.
 Weights = Mapping[str, Any]
@@ -33,7 +30,8 @@ class Span:
     `positions [B, T]` of the queries; `key_positions` and `key_valid [B, S]`, None where every key's position is its
     column, as in the cache; `turn`: rotary cosine and sine `[B, T, half]` (None without rotary positions). `bias`:
     added to the scores of all heads, or of each. `start`, without `key_positions`: the column of the first new token
-    where it is the same in all rows; 0 as a Python integer says that there is nothing else to see.
+    where it is the same in all rows; 0 as a Python integer says that there is nothing else to see. `lengths [B]`, with
+    it: tokens in each row, these included; those that are not real come last.
     """
 
     positions: Int[Array, "B T"]
@@ -42,6 +40,7 @@ class Span:
     turn: tuple[Float[Array, "B T half"], Float[Array, "B T half"]] | None = None
     bias: Float[Array, "B _ _ S"] | None = None
     start: Int[Array, ""] | int | None = None
+    lengths: Int[Array, " B"] | None = None
 
     @property
     def fresh(self) -> bool:
@@ -68,16 +67,8 @@ class Varying:
 
 def visible(span: Span, varying: Varying, count: int, causal: bool = True) -> Bool[Array, "B T S"]:
     """Which of `count` keys each query sees: real ones, not later if `causal`, inside its window and chunk."""
-    query, key = span.positions[:, :, None], span.keys(count)[:, None, :]
-    mask = jnp.ones((), bool) if span.key_valid is None else span.key_valid[:, None, :]
-    mask = jnp.broadcast_to(mask, (*span.positions.shape, count))
-    if causal:
-        mask &= key <= query
-    if varying.window is not None:
-        mask &= query - key < varying.window
-    if varying.chunk is not None:
-        mask &= query // varying.chunk == key // varying.chunk
-    return mask
+    mask = xla.visible(span.positions, span.keys(count), varying.window, varying.chunk, causal)
+    return mask if span.key_valid is None else mask & span.key_valid[:, None, :]
 
 
 def project(config: AttentionConfig, weights: Weights, x: Float[Array, "B T D"], span: Span, varying: Varying):
@@ -147,35 +138,34 @@ def attend(
     varying: Varying,
 ) -> Float[Array, "B T D"]:
     """Attention of `q` over cache `entries`, and the output projection."""
-    run = _latent_mix if config.latent is not None else _mix
-    keys = next(iter(entries.values())).shape[-2]
-    mixed = _in_blocks(lambda q, span: run(config, weights, q, entries, span, varying), q, span, keys)
+    if span.start is not None and config.causal and config.latent is None and not config.alibi:
+        mixed = prefill_attention(
+            *(q, entries["k"], entries["v"], span.lengths, span.start),
+            scale=config.scale / varying.score_divisor,
+            window=varying.window,
+            chunk=varying.chunk,
+            sinks=weights["sinks"] if config.sinks else None,
+        )
+    else:
+        mixed = _in_blocks(config, weights, q, entries, span, varying)
     kernel = dense(weights["o"], q.dtype)
     kernel = kernel.reshape(kernel.shape[0], -1)
     return linear(mixed.reshape(*mixed.shape[:2], -1), kernel, weights.get("o_bias"))
 
 
-def _in_blocks(run, q, span, keys):
-    """`run` on all queries at once, or block by block where their scores would not fit."""
-    batch, total = q.shape[:2]
-    size = max(1, _PAIRS // keys)
-    if total <= size:
-        return run(q, span)
-    blocks = -(-total // size)
-
-    def cut(t):  # blocks in front, of what has queries along axis 1
-        t = jnp.pad(t, [(0, 0), (0, blocks * size - total)] + [(0, 0)] * (t.ndim - 2))
-        return jnp.moveaxis(t.reshape(batch, blocks, size, *t.shape[2:]), 1, 0)
-
-    def part(operands):
-        q, positions, bias = operands
-        bias = span.bias if bias is None else jnp.swapaxes(bias, 1, 2)
-        return run(q, dataclasses.replace(span, positions=positions, bias=bias))
-
+def _in_blocks(config, weights, q, entries, span, varying):
+    """All queries at once, or block by block where their scores would not fit."""
+    mix = _latent_mix if config.latent is not None else _mix
     each = span.bias is not None and span.bias.shape[2] > 1
-    bias = cut(jnp.swapaxes(span.bias, 1, 2)) if each else None
-    mixed = jnp.moveaxis(jax.lax.map(part, (cut(q), cut(span.positions), bias)), 0, 1)
-    return mixed.reshape(batch, blocks * size, *mixed.shape[3:])[:, :total]
+
+    def run(q, positions, bias):
+        bias = jnp.swapaxes(bias, 1, 2) if each else span.bias
+        part = dataclasses.replace(span, positions=positions, bias=bias)
+        return mix(config, weights, q, entries, part, varying)
+
+    keys = next(iter(entries.values())).shape[-2]
+    size = xla.block_size(q.shape[0] * config.num_heads * keys)
+    return xla.in_blocks(run, size, q, span.positions, jnp.swapaxes(span.bias, 1, 2) if each else None)
 
 
 def slopes(num_heads: int) -> np.ndarray:
@@ -205,28 +195,12 @@ def probabilities(
         scores = scores + span.bias
     seen = visible(span, varying, scores.shape[-1], config.causal)
     scores = jnp.where(seen[:, None], scores, MASKED)
-    if not config.sinks:
-        return jax.nn.softmax(scores, axis=-1)
-    sinks = weights["sinks"].astype(jnp.float32)[:, None, None]
-    top = jnp.maximum(scores.max(-1, keepdims=True), sinks)
-    powers = jnp.exp(scores - top)
-    return powers / (powers.sum(-1, keepdims=True) + jnp.exp(sinks - top))
-
-
-def raw_scores(config: AttentionConfig, q: Float[Array, "B T N H"], k: Float[Array, "B K S H"]) -> Array:
-    """Products of queries and the keys of their group, `[B, N, T, S]` in float32."""
-    batch, count, _, head = q.shape
-    q = q.reshape(batch, count, config.num_kv_heads, -1, head)
-    scores = jnp.einsum("btkgh,bksh->bkgts", q, k, preferred_element_type=jnp.float32)
-    return scores.reshape(batch, config.num_heads, count, -1)
+    return xla.softmax(scores, weights["sinks"] if config.sinks else None)
 
 
 def _mix(config, weights, q, entries, span, varying):
-    v = entries["v"]
-    chances = probabilities(config, weights, raw_scores(config, q, entries["k"]), span, varying)
-    chances = chances.reshape(v.shape[0], config.num_kv_heads, -1, *chances.shape[2:])
-    mixed = jnp.einsum("bkgts,bksv->btkgv", chances.astype(v.dtype), v)
-    return mixed.reshape(*q.shape[:3], -1)
+    chances = probabilities(config, weights, grouped_scores(q, entries["k"]), span, varying)
+    return grouped_mix(chances, entries["v"])
 
 
 def _latent_mix(config, weights, q, entries, span, varying):
@@ -235,9 +209,15 @@ def _latent_mix(config, weights, q, entries, span, varying):
     latent, k_rotary = entries["latent"], entries["k_rotary"]
     kv_up = dense(weights["kv_up"], q.dtype)
     k_up, v_up = kv_up[:, :plain], kv_up[:, plain:]
-    absorbed = jnp.einsum("btnh,nhz->btnz", q[..., :plain], k_up)
-    scores = jnp.einsum("btnz,bsz->bnts", absorbed, latent, preferred_element_type=jnp.float32)
-    scores += jnp.einsum("btnr,bsr->bnts", q[..., plain:], k_rotary, preferred_element_type=jnp.float32)
+    absorbed = jnp.einsum("bnth,nhz->bntz", heads_first(q[..., :plain]), k_up)
+    scores = _by_row("bmz,bsz->bms", absorbed, latent, jnp.float32)
+    scores += _by_row("bmr,bsr->bms", heads_first(q[..., plain:]), k_rotary, jnp.float32)
     chances = probabilities(config, weights, scores, span, varying)
-    mixed = jnp.einsum("bnts,bsz->btnz", chances.astype(latent.dtype), latent)
-    return jnp.einsum("btnz,nvz->btnv", mixed, v_up)
+    mixed = _by_row("bms,bsz->bmz", chances.astype(latent.dtype), latent)
+    return tokens_first(jnp.einsum("bntz,nvz->bntv", mixed, v_up))
+
+
+def _by_row(equation, x, shared, dtype=None):
+    """A product of `x [B, N, T, _]` with what all heads of a row share."""
+    y = jnp.einsum(equation, x.reshape(x.shape[0], -1, x.shape[3]), shared, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:3], -1)

@@ -65,7 +65,7 @@ def block(
 ) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, Choice | None]:
     """One layer: attention and MLP, each with its norm and residual.
 
-    `entries`: the cache's stacks, written at `column` (one, or one per row) and read back; None attends to the new
+    `entries`: the cache's stacks, written at `column` (see `write_entries`) and read back; None attends to the new
     tokens alone.
     """
     with jax.named_scope("attention"):
@@ -108,7 +108,7 @@ def self_attention(config, weights, h, place, span, entries, column):
     if entries is not None:
         entries = write_entries(entries, new, place.layer, column)
     # The first tokens of an empty cache are all there is to see: no need to read them back.
-    seen = new if entries is None or span.fresh else read_entries(entries, place.layer)
+    seen = new if entries is None or span.fresh else read_entries(entries, place.layer, column, len(h))
     return attend(config.attention, own, q, seen, span, place.varying), entries
 
 

@@ -1,7 +1,8 @@
 """The KV cache: an explicit pytree, preallocated, passed in, returned and donated."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +45,24 @@ def make_cache(architecture: Architecture, batch: int, length: int, dtype) -> KV
     )
 
 
+class Corner(NamedTuple):
+    """The first row and column of entries that fill several columns of some of the rows."""
+
+    row: Any
+    column: Any
+
+
 def write_entries(entries: dict[str, Array], new: dict[str, Array], layer: Any, column: Any) -> dict[str, Array]:
     """Put one layer's `new` entries `[B, K, T, H]` (latent: `[B, T, Z]`) into the stacks, in place.
 
-    `column`: an integer, the first of T columns in every row; or int32 `[B]`, one column per row (T = 1; rows whose
-    column is behind the last keep what they have).
+    `column`: an integer, the first of T columns in every row; a `Corner`, if `new` holds some of the rows only; or
+    int32 `[B]`, one column per row (T = 1; rows whose column is behind the last keep what they have).
     """
-    if jnp.ndim(column) == 0 or column.shape[0] == 1:
-        column = jnp.reshape(column, ())
+    if isinstance(column, Corner) or jnp.ndim(column) == 0 or column.shape[0] == 1:
+        row, column = column if isinstance(column, Corner) else (0, jnp.reshape(column, ()))
         return {
             name: jax.lax.dynamic_update_slice(
-                stack, new[name][None].astype(stack.dtype), (layer, *[0] * (stack.ndim - 3), column, 0)
+                stack, new[name][None].astype(stack.dtype), (layer, row, *[0] * (stack.ndim - 4), column, 0)
             )
             for name, stack in entries.items()
         }
@@ -67,6 +75,25 @@ def write_entries(entries: dict[str, Array], new: dict[str, Array], layer: Any, 
     return found
 
 
-def read_entries(entries: dict[str, Array], layer) -> dict[str, Array]:
-    """One layer's entries, `[B, K, S, H]` (latent: `[B, S, Z]`)."""
-    return {name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for name, stack in entries.items()}
+def read_entries(entries: dict[str, Array], layer: Any, column: Any = None, rows: int | None = None):
+    """One layer's entries, `[B, K, S, H]` (latent: `[B, S, Z]`); of a `Corner`'s `rows` only, if `column` is one."""
+    if not isinstance(column, Corner):
+        return {name: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for name, stack in entries.items()}
+    return {
+        name: jax.lax.dynamic_slice(stack, (layer, column.row, *[0] * (stack.ndim - 2)), (1, rows, *stack.shape[2:]))[0]
+        for name, stack in entries.items()
+    }
+
+
+def grow(cache: KVCache, length: int) -> KVCache:
+    """The cache with `length` columns. Stack by stack, each deleted once it is copied, so that two exist but of one."""
+    entries = {}
+    for name, stack in cache.entries.items():
+        entries[name] = _longer(stack, length)
+        stack.delete()
+    return dataclasses.replace(cache, entries=entries)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _longer(stack, length):
+    return jnp.pad(stack, [(0, 0)] * (stack.ndim - 2) + [(0, length - stack.shape[-2]), (0, 0)])

@@ -98,8 +98,8 @@ def decode(
 ) -> tuple[Float[Array, "B T D"], KVCache | None, Trace | None]:
     """Run all layers on new tokens; returns the residual stream before the final norm.
 
-    With a cache, entries go to its columns from `column` on, or one per row to `column [B]`; its lengths are the
-    caller's to keep. `trace` also returns what each layer did.
+    With a cache, entries go to `column` (see `write_entries`); its lengths are the caller's to keep. `trace` also
+    returns what each layer did.
     """
     weights = _with_flat_outputs(weights)
     x = dense(weights["embedding"][ids])

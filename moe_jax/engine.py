@@ -12,7 +12,8 @@ from pallas_kernels.dims import Array as AnyArray
 from . import decoder
 from .attention import Span
 from .block import RoutingRequest
-from .cache import KVCache, make_cache
+from .block_config import Architecture
+from .cache import Corner, KVCache, make_cache
 from .model import ascending, id_dtype
 from .sampling import Sampler, sample
 
@@ -46,43 +47,102 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What the programs of a run are compiled for: columns of the cache, `room` for new tokens."""
+    """What the programs of a run are compiled for.
+
+    `capacity`: columns of the cache; `room` for new tokens; `rows` and `columns` of a prompt that run at once.
+    """
 
     capacity: int
     room: int
+    rows: int
+    columns: int
+
+
+#: About so many bytes of what layers make of a prompt's tokens are held at once.
+_BYTES = 1 << 30
+
+
+def tokens_at_once(architecture: Architecture, itemsize: int) -> int:
+    """How many tokens of prompts run at once, a power of two: as many as fit, of 2048 to 16384.
+
+    Counted are the widest arrays of each part of a layer: the stream and its norm in float32, queries, keys, values
+    and attention's output, and for each chosen expert its hidden vectors and its output.
+    """
+    block, attention = architecture.block, architecture.block.attention
+    widths = 6 * block.width + 2 * attention.num_heads * attention.head_dim
+    widths += attention.num_kv_heads * (attention.head_dim + attention.value_dim)
+    hidden = [3 * mlp.hidden for mlp in (block.dense, block.shared) if mlp is not None]
+    if block.experts is not None:
+        hidden.append(block.router.top_k * (2 * block.experts.hidden + block.width))
+    fit = _BYTES // (itemsize * (widths + max(hidden)))
+    return max(2048, min(16384, 1 << max(0, fit.bit_length() - 1)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def prefill(architecture, sizes, record, weights, ids, lengths, forced, request):
     """Fill a new cache with `ids [B, T]`, of which the first `lengths [B]` are real, and draw the first new token.
 
+    Pieces of `sizes.rows` rows and `sizes.columns` columns run one after the other, in a loop, if that is not all.
     Returns the state and, if they are to be recorded, the experts of the prompt `[Lm, B, T, A]`.
     """
-    rows, width = ids.shape
-    lengths = jnp.asarray(lengths)
-    cache = make_cache(architecture, rows, sizes.capacity, weights["embedding"].dtype)
-    real = jnp.arange(width, dtype=jnp.int32) < lengths[:, None]
-    # Padding stands where the row's last token does: no table of positions ends before it.
-    positions = jnp.minimum(jnp.arange(width, dtype=jnp.int32), lengths[:, None] - 1)
-    turn = decoder.make_turn(architecture.block.attention, positions, request.total)
-    span = Span(positions, turn=turn, start=0)
-    routing = RoutingRequest(real, forced, request.implementation)
+    (rows, width), lengths = ids.shape, jnp.asarray(lengths)
     record = record and bool(architecture.moe_layers)
-    x, cache, trace = decoder.decode(architecture, weights, ids, span, cache, routing, record)
-    x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+    dtype = weights["embedding"].dtype
+    carry = (
+        make_cache(architecture, rows, sizes.capacity, dtype).entries,
+        jnp.zeros((rows, architecture.block.width), dtype),
+        _no_experts(architecture, rows, width) if record else None,
+    )
+    prompt = jnp.asarray(ids), lengths, forced
+    run = functools.partial(_piece, architecture, sizes, weights, prompt, request)
+    down, across = -(-rows // sizes.rows), width // sizes.columns
+    if down * across == 1:
+        carry = run(carry, 0, 0)
+    else:  # the last rows may run twice, to the same end
+        first = lambda i: jnp.minimum(i // across * sizes.rows, rows - sizes.rows)
+        column = lambda i: i % across * sizes.columns if across > 1 else 0
+        carry = jax.lax.fori_loop(0, down * across, lambda i, carry: run(carry, first(i), column(i)), carry)
+    entries, x, experts = carry
     seen = None
     if request.sampler.repetition_penalty is not None:
+        real = jnp.arange(width) < lengths[:, None]
         seen = jnp.zeros((rows, architecture.vocab_size), bool).at[jnp.arange(rows)[:, None], ids].max(real)
     state = State(
-        cache=dataclasses.replace(cache, lengths=lengths),
+        cache=KVCache(entries, lengths),
         tokens=jnp.full((rows, sizes.room), request.pad, jnp.int32),
         done=jnp.zeros(rows, bool),
         seen=seen,
         experts=_no_experts(architecture, rows, sizes.room) if record else None,
         step=jnp.zeros((), jnp.int32),
     )
-    experts = _experts_of(architecture, trace, ids.shape) if record else None
     return _draw(architecture, weights, state, request, x), experts
+
+
+def _piece(architecture, sizes, weights, prompt, request, carry, row, start):
+    """Run the rows from `row` and columns from `start` on; keep what rows end with and, if recorded, the experts."""
+    (ids, lengths, forced), (entries, last, experts) = prompt, carry
+    rows, size = sizes.rows, (sizes.rows, sizes.columns)
+    own = jax.lax.dynamic_slice_in_dim(lengths, row, rows)
+    columns = start + jnp.arange(sizes.columns, dtype=jnp.int32)
+    # Padding stands where the row's last token does: no table of positions ends before it.
+    positions = jnp.minimum(columns, own[:, None] - 1)
+    turn = decoder.make_turn(architecture.block.attention, positions, request.total)
+    span = Span(positions, turn=turn, start=start, lengths=own)
+    if forced is not None:
+        layers, _, _, choices = forced.shape
+        forced = jax.lax.dynamic_slice(forced, (0, row, start, 0), (layers, *size, choices))
+    routing = RoutingRequest(columns < own[:, None], forced, request.implementation)
+    ids = jax.lax.dynamic_slice(ids, (row, start), size)
+    cache, at = KVCache(entries, lengths), Corner(row, start)
+    x, cache, trace = decoder.decode(architecture, weights, ids, span, cache, routing, experts is not None, at)
+    end = own - 1 - start
+    found = jnp.take_along_axis(x, jnp.clip(end, 0, sizes.columns - 1)[:, None, None], axis=1)[:, 0]
+    here = ((end >= 0) & (end < sizes.columns))[:, None]
+    found = jnp.where(here, found, jax.lax.dynamic_slice_in_dim(last, row, rows))
+    last = jax.lax.dynamic_update_slice_in_dim(last, found, row, axis=0)
+    if experts is not None:
+        experts = jax.lax.dynamic_update_slice(experts, _experts_of(architecture, trace, size), (0, row, start, 0))
+    return cache.entries, last, experts
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

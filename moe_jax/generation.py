@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.dims import Array as AnyArray
 
+from .cache import grow
+from .engine import Request, Sizes, decode, prefill, tokens_at_once
 from .model import Model, check_inputs, forced_ids
 from .sampling import make_sampler
-from .engine import Request, Sizes, decode, prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,9 @@ def generate(
     the model's own, `()` for none; `return_record`: return a `Generated` with the chosen experts; `routing`: such a
     record (or arrays per MoE layer `[B, T + max_new_tokens, A]`, -1 where the router decides) to be followed.
     Returns int32 `[B, T + max_new_tokens]`: new tokens start at column T whatever the padding; rows that end early
-    are filled with the pad token, else the end token. It stops as soon as all rows have ended. With LongRoPE
+    are filled with the pad token, else the end token. It stops as soon as all rows have ended. The cache begins with
+    512 columns, or twice the prompt's if that is more (fewer, if fewer can be needed), and doubles when it is full.
+    Long prompts run in pieces, so that what layers need beside the cache stays at about a gigabyte. With LongRoPE
     (Phi-3.5-MoE) all rows rotate by the long factors if the longest could pass the original length.
     Raises `ValueError` for arguments out of range, ids outside the vocabulary, or more tokens than the context.
 
@@ -83,6 +86,12 @@ def stream(model: Model, input_ids: Any, attention_mask: Any = None, **options: 
     return run.steps()
 
 
+#: A cache of up to so many columns is made at once.
+_COLUMNS = 512
+#: Tokens of prompts that run at once, where tests say so.
+_TOKENS: int | None = None
+
+
 def bucket(length: int) -> int:
     """The next of few lengths: multiples of 16, and above 64 of a quarter of the power of two below.
 
@@ -112,9 +121,9 @@ class _Run:
         self.eos = _stop_ids(model, eos)
         rows, prompt = ids.shape
         self.lengths = self.mask.sum(1, dtype=np.int32)
-        longest = int(self.lengths.max())
-        width, room = bucket(longest), bucket(max(new, 1))
-        self.sizes = Sizes(width + room, room)
+        self.longest, room = int(self.lengths.max()), bucket(max(new, 1))
+        width, self.sizes, self.full = _sizes(model, rows, self.longest, room)
+        self.capacity = self.sizes.capacity
         self.ids = _resized(compact(ids, self.mask, 1), width, 1, 0)
         forced = forced_ids(model.architecture, routing, (rows, prompt + new))
         if forced is not None:
@@ -127,7 +136,7 @@ class _Run:
             key=jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key,
             eos=np.asarray(self.eos, np.int32),
             pad=_pad_id(model, self.eos),
-            total=longest + new,
+            total=self.longest + new,
             forced=forced,
             implementation=model.implementation,
         )
@@ -142,8 +151,15 @@ class _Run:
         )
 
     def advance(self, limit: int) -> None:
-        """Decode until `limit` new tokens stand, or all rows have ended."""
-        self.state = decode(self.model.architecture, self.weights, self.state, self.request, limit)
+        """Decode until `limit` new tokens stand, or all rows have ended; the cache grows where it has to."""
+        while True:
+            # The newest token is not in the cache, so one more stands than there are columns.
+            reach = min(limit, self.capacity - self.longest + 1)
+            self.state = decode(self.model.architecture, self.weights, self.state, self.request, reach)
+            if reach == limit or bool(self.state.done.all()):
+                return
+            self.capacity = min(2 * self.capacity, self.full)
+            self.state = dataclasses.replace(self.state, cache=grow(self.state.cache, self.capacity))
 
     def steps(self) -> Iterator[np.ndarray]:
         """New tokens step by step."""
@@ -170,6 +186,23 @@ class _Run:
             return Generated(ids, ())
         parts = spread(np.asarray(self.prompt_experts), self.mask), np.asarray(self.state.experts)[:, :, : self.new]
         return Generated(ids, tuple(np.concatenate(parts, 2)))
+
+
+def _sizes(model: Model, rows: int, longest: int, room: int) -> tuple[int, Sizes, int]:
+    """Columns of the prompt, sizes to compile for, and columns that the cache may come to have.
+
+    The cache begins with all columns that can be needed if they are few or at most twice the prompt's, and doubles
+    when it is full. A prompt with more tokens than run at once is cut into equal pieces: into rows, and into columns
+    where a single row is too long.
+    """
+    width, limit = bucket(longest), _TOKENS or tokens_at_once(model.architecture, model.dtype.itemsize)
+    across = -(-width // limit)
+    columns = -(-width // (16 * across)) * 16
+    width = across * columns
+    down = -(-rows // max(1, limit // columns))
+    full = width + room
+    capacity = min(full, max(_COLUMNS, 2 * width))
+    return width, Sizes(capacity, room, -(-rows // down), columns), full
 
 
 def compact(values: np.ndarray, mask: np.ndarray, axis: int) -> np.ndarray:

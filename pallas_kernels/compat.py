@@ -1,5 +1,6 @@
 """What differs between JAX versions, and what JAX says of the device that a program is made for."""
 
+import importlib.util
 import inspect
 from typing import Any
 
@@ -48,6 +49,17 @@ def device_kind() -> str:
     if described is not None:
         return described.device_kind
     return _default_device().device_kind
+
+
+def no_cudnn() -> str | None:
+    """Why JAX could not trace a call of cuDNN here; None if it can.
+
+    >>> no_cudnn()
+    "JAX's CUDA plugin is not installed..."
+    """
+    if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return None
+    return "JAX's CUDA plugin is not installed where the program is made"
 
 
 def _default_device() -> jax.Device:

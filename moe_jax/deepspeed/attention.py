@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dims import Array as AnyArray
 
-from ..attention import MASKED, Span, probabilities, project, raw_scores
+from ..attention import MASKED, Span, grouped_scores, probabilities, project
 from ..block import Place, self_attention, take
 from ..block_config import BlockConfig, LayerConfig
 from ..decoder import make_turn, varying
@@ -100,7 +100,7 @@ def attention_probabilities(block: BlockConfig, weights: Weights, h: Array, plac
     own = take(weights["attention"], place.layer)
     q, new = project(block.attention, own, h, span, place.varying)
     k = new["k"] if entries is None else entries["k"][0]
-    return probabilities(block.attention, own, raw_scores(block.attention, q, k), span, place.varying)
+    return probabilities(block.attention, own, grouped_scores(q, k), span, place.varying)
 
 
 def place_of(layer: LayerConfig) -> Place:

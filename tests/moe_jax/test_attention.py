@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import attention
 from moe_jax.attention import MASKED, Span, Varying, attend, visible
 from moe_jax.block_config import AttentionConfig
+from pallas_kernels.attention import xla
 
 HEADS, KV_HEADS, HEAD, VALUE, WIDTH = 4, 2, 6, 5, 8
 
@@ -67,7 +67,7 @@ def test_sinks():
 def test_blocks_of_queries_equal_one_pass(queries, monkeypatch):
     q, entries, mask, weights, _ = draw(queries)
     whole = run(config(), q, entries, mask, weights)
-    monkeypatch.setattr(attention, "_PAIRS", 9 * 3)
+    monkeypatch.setattr(xla, "BLOCK", 2 * HEADS * 9 * 3)
     np.testing.assert_allclose(run(config(), q, entries, mask, weights), whole, atol=1e-6)
 
 
