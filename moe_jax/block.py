@@ -127,11 +127,11 @@ def mlp(activation: Activation, weights: Weights, x: Float[Array, "*G D"]) -> Fl
 class RoutingRequest:
     """What the caller asks of the routers: which tokens take experts, which choices are forced.
 
-    `real [B, T]`: false for padding, which takes no expert's time. `forced [Lm, B, T, A]`: expert ids by MoE layer,
-    -1 where the router decides; None leaves all to the router.
+    `real [B, T]`: false for padding, which takes no expert's time; None: there is none. `forced [Lm, B, T, A]`: expert
+    ids by MoE layer, -1 where the router decides; None leaves all to the router.
     """
 
-    real: Bool[AnyArray, "B T"]
+    real: Bool[AnyArray, "B T"] | None
     forced: Int[AnyArray, "Lm B T A"] | None = None
     implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -148,11 +148,12 @@ def moe(
         forced = forced.reshape(rows.shape[0], -1)
     with jax.named_scope("router"):
         if place.first is None:
-            own = take({name: group[name] for name in _ROUTER if name in group}, index)
+            own = take({name: group[name] for name in ROUTER if name in group}, index)
         else:
             own = {"router": jax.lax.dynamic_slice_in_dim(group["router"], place.first, place.num_experts)}
-        choice = Choice(*choose(config.router, own, rows, forced, jnp.ravel(request.real)))
-    stacks = {name: group[name] for name in group if name not in _ROUTER}
+        real = None if request.real is None else jnp.ravel(request.real)
+        choice = Choice(*choose(config.router, own, rows, forced, real))
+    stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
     ids = choice.ids
     if place.first is not None:  # the flat stack holds other layers' experts before and behind these
@@ -183,14 +184,16 @@ def mix(weights: Weights, rows: Array, first: Array, second: Array) -> Array:
     return shares[:, :1] * first + shares[:, 1:] * second
 
 
-_ROUTER = ("router", "router_bias", "selection_bias")
+ROUTER = ("router", "router_bias", "selection_bias")
 
 
-def run_experts(scale_input: bool, rows, ids, gates, experts, layer=None, implementation=None):
-    """The routed MLP, or with the weights on the experts' inputs where the router says so."""
+def run_experts(scale_input: bool, rows, ids, gates, experts, layer=None, implementation=None, residual=None):
+    """The routed MLP plus `residual`, or with the weights on the experts' inputs where the router says so."""
     if not scale_input:
-        return pallas_kernels.routed_mlp(rows, ids, gates, experts, layer=layer, implementation=implementation)
+        given = dict(layer=layer, residual=residual, implementation=implementation)
+        return pallas_kernels.routed_mlp(rows, ids, gates, experts, **given)
     scaled = (rows[:, None] * gates[..., None].astype(rows.dtype)).reshape(-1, rows.shape[-1])
     ones = jnp.ones((ids.size, 1), gates.dtype)
     y = pallas_kernels.routed_mlp(scaled, ids.reshape(-1, 1), ones, experts, layer=layer, implementation=implementation)
-    return y.reshape(*ids.shape, -1).sum(1)
+    y = y.reshape(*ids.shape, -1).sum(1)
+    return y if residual is None else residual + y

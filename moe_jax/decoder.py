@@ -1,12 +1,14 @@
 """The decoder as a pure function: embedding, layers that share compiled bodies, final norm, logits."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.linear import linear
 from pallas_kernels.quantized import dense, is_quantized
 
 from .attention import Span, Varying
@@ -15,6 +17,7 @@ from .block_config import Architecture, AttentionConfig, LayerConfig
 from .cache import KVCache
 from .norm import norm
 from .rope import rotation
+from .step import plain_enough, step
 from .weights import Weights
 
 
@@ -117,7 +120,9 @@ def decode(
         for offset in range(len(segment.experts)):
             place = _place(architecture, kinds, segment, turn, offset)
             stream = x
-            x, entries, choice = block(architecture.block, weights, x, place, span, entries, column, request)
+            given = x, place, span, entries
+            run_layer = step if plain_enough(architecture.block, *given) else block
+            x, entries, choice = run_layer(architecture.block, weights, *given, column, request)
             if notes is not None:
                 notes = _note(notes, place, stream, choice)
         return x, entries, notes
@@ -127,11 +132,33 @@ def decode(
         if segment.repeats == 1:
             carry = run(carry, segment, 0)
         else:
-            carry = jax.lax.fori_loop(0, segment.repeats, lambda turn, c, s=segment: run(c, s, turn), carry)
+            few = cache is not None and ids.shape[1] == 1
+            carry = _repeat(lambda c, turn, s=segment: run(c, s, turn), segment.repeats, carry, few)
     x, entries, notes = carry
     if cache is not None:
         cache = dataclasses.replace(cache, entries=entries)
     return x, cache, notes
+
+
+def _repeat(period: Callable[[Any, Any], Any], repeats: int, carry: Any, few: bool) -> Any:
+    """`period` on the carry for turns 0, 1, ...: in a loop, so that time to compile does not grow with depth.
+
+    With `few` tokens on a GPU a turn of a loop costs 5 us, a tenth of a layer: layers are written out there. They
+    are traced once, and XLA compiles equal kernels once.
+    """
+
+    def looped(carry):
+        return jax.lax.fori_loop(0, repeats, lambda turn, carry: period(carry, turn), carry)
+
+    def written_out(carry):
+        for turn in range(repeats):
+            carry = once(carry, jnp.int32(turn))
+        return carry
+
+    if not few:
+        return looped(carry)
+    once = jax.jit(period)
+    return jax.lax.platform_dependent(carry, cuda=written_out, default=looped)
 
 
 def _with_flat_outputs(weights: Weights) -> Weights:
@@ -200,8 +227,7 @@ def final(architecture: Architecture, weights: Weights, x: Float[Array, "*G D"])
 def logits(architecture: Architecture, weights: Weights, normed: Float[Array, "*G D"]) -> Float[Array, "*G V"]:
     """Float32 logits of normed hidden states."""
     kernel = weights["embedding"] if architecture.tied else weights["head"]["kernel"]
-    kernel = dense(kernel, normed.dtype)
-    y = jnp.einsum("...d,vd->...v", normed, kernel, preferred_element_type=jnp.float32)
-    if architecture.head_bias:
-        y = y + weights["head"]["bias"].astype(jnp.float32)
+    biases = [weights["head"]["bias"]] if architecture.head_bias else None
+    (y,) = linear(normed.reshape(-1, normed.shape[-1]), [kernel], biases=biases, dtype=jnp.float32)
+    y = y.reshape(*normed.shape[:-1], -1)
     return y if architecture.logit_divisor == 1.0 else y / architecture.logit_divisor

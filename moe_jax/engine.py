@@ -17,6 +17,9 @@ from .cache import Corner, KVCache, make_cache
 from .model import ascending, id_dtype
 from .sampling import Sampler, sample
 
+#: Steps on a GPU between two looks at whether all rows have ended.
+_STEPS = 8
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +152,18 @@ def _piece(architecture, sizes, weights, prompt, request, carry, row, start):
 def decode(architecture, weights, state, request, limit):
     """Step until `limit` new tokens stand, or all rows have ended."""
 
-    def unfinished(state):
-        return (state.step < limit) & ~state.done.all()
+    step = lambda state: _step(architecture, weights, state, request)
 
-    return jax.lax.while_loop(unfinished, lambda state: _step(architecture, weights, state, request), state)
+    def unfinished(state, more=1):
+        return (state.step + more <= limit) & ~state.done.all()
+
+    def several(state):
+        turn = lambda state: jax.lax.fori_loop(0, _STEPS, lambda _, state: step(state), state)
+        return jax.lax.while_loop(lambda state: unfinished(state, _STEPS), turn, state)
+
+    # A condition that is not known beforehand costs a GPU a wait for the host.
+    state = jax.lax.platform_dependent(state, cuda=several, default=lambda state: state)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
 def _step(architecture, weights, state, request):
@@ -167,7 +178,8 @@ def _step(architecture, weights, state, request):
     forced = None
     if request.forced is not None:
         forced = jax.lax.dynamic_slice_in_dim(request.forced, at, 1, axis=2)
-    routing = RoutingRequest(real, forced, request.implementation)
+    # A row by itself that has ended does not run on, or not for long.
+    routing = RoutingRequest(real if len(real) > 1 else None, forced, request.implementation)
     record = state.experts is not None
     x, cache, trace = decoder.decode(architecture, weights, token, span, state.cache, routing, record, lengths)
     state = dataclasses.replace(state, cache=dataclasses.replace(cache, lengths=lengths + real[:, 0]))

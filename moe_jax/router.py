@@ -32,22 +32,33 @@ def choose(
     logits = jnp.matmul(rows, weights["router"].T, preferred_element_type=jnp.float32)
     if config.logit_bias:
         logits = logits + weights["router_bias"].astype(jnp.float32)
+    return logits, *choose_by(config, logits, weights.get("selection_bias"), forced, real)
+
+
+def choose_by(
+    config: RouterConfig,
+    logits: Float[Array, "G E"],
+    selection_bias: Float[Array, " E"] | None = None,
+    forced: Int[Array, "G A"] | None = None,
+    real: Bool[Array, " G"] | None = None,
+) -> tuple[Int[Array, "G A"], Float[Array, "G A"]]:
+    """The gate behind its logits: chosen ids and their weights, see `choose`."""
     if config.rule is not None:
         routing = gate(logits, config.rule, real)
-        return logits, jnp.where(routing.keep, routing.ids, -1), routing.weights
+        return jnp.where(routing.keep, routing.ids, -1), routing.weights
     ids, gates, _ = pallas_kernels.route(
         logits,
         config.top_k,
         config.score,
         config.renormalize,
-        weights.get("selection_bias"),
+        selection_bias,
         config.groups,
         config.top_groups,
         config.scale,
         config.jitter,
         forced,
     )
-    return logits, ids if real is None else jnp.where(real[:, None], ids, -1), gates
+    return ids if real is None else jnp.where(real[:, None], ids, -1), gates
 
 
 def capacity_of(tokens: int, choices: int, num_experts: int, factor: float) -> int:

@@ -11,17 +11,31 @@ from ..experts import Experts
 from ..plan import Plan
 from ..registry import Implementation, Operation
 from ..routing import route_tokens
-from . import mosaic_gpu, xla_capacity, xla_ragged, xla_tiles
+from . import mosaic_gpu, triton_row, xla_capacity, xla_ragged, xla_tiles
+
+
+def _then_add(run):
+    """`run`, with the residual added by XLA."""
+
+    def add(*args):
+        *args, residual = args
+        y = run(*args)
+        return y if residual is None else residual + y
+
+    return add
+
 
 OPERATION = Operation(
     "routed_mlp",
     {
-        "mosaic_gpu": Implementation(mosaic_gpu.routed_mlp, mosaic_gpu.refuse, platform="cuda"),
-        "xla_tiles": Implementation(xla_tiles.routed_mlp),
-        "xla_ragged": Implementation(xla_ragged.routed_mlp, by_choice=False),
+        "triton_row": Implementation(triton_row.routed_mlp, triton_row.refuse, platform="cuda"),
+        "mosaic_gpu": Implementation(_then_add(mosaic_gpu.routed_mlp), mosaic_gpu.refuse, platform="cuda"),
+        "xla_tiles": Implementation(_then_add(xla_tiles.routed_mlp)),
+        "xla_ragged": Implementation(_then_add(xla_ragged.routed_mlp), by_choice=False),
         "mosaic_gpu_interpreted": Implementation(
-            mosaic_gpu.interpreted, mosaic_gpu.refuse_interpreted, by_choice=False
+            _then_add(mosaic_gpu.interpreted), mosaic_gpu.refuse_interpreted, by_choice=False
         ),
+        "triton_row_interpreted": Implementation(triton_row.interpreted, triton_row.refuse, by_choice=False),
     },
 )
 
@@ -34,6 +48,7 @@ def routed_mlp(
     *,
     plan: Plan | None = None,
     layer: int | Int[AnyArray, ""] | None = None,
+    residual: Float[AnyArray, "G D"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "G D"]:
     """`y[g] = sum over a of weights[g, a] * expert[ids[g, a]](x[g])`, without dropping.
@@ -41,9 +56,10 @@ def routed_mlp(
     Args: `x` `[G, D]`, `ids` int `[G, A]` (an id outside `[0, E)` takes no time and adds nothing, whatever its
     weight), `weights` `[G, A]` (summed up in float32), `experts` one layer's, or a stack `[L, E, ...]` addressed by
     the integer `layer`, which may be traced (the stack is never sliced by layer). `plan`: the plan of these ids, if
-    the caller has one. `implementation`: `mosaic_gpu` (kernels for Hopper GPUs, bfloat16 or float16, D and F multiples
-    of 64; chosen there), `xla_tiles` (a loop over the tiles of the plan; chosen elsewhere) or `xla_ragged`
-    (`jax.lax.ragged_dot`). All are differentiable.
+    the caller has one. `residual` `[G, D]` is added to the result. `implementation`: `triton_row` (CUDA, one token,
+    kernels with the contraction last, in bfloat16, float16 or int8; chosen there), `mosaic_gpu` (kernels for Hopper
+    GPUs, bfloat16 or float16, D and F multiples of 64; chosen there), `xla_tiles` (a loop over the tiles of the plan;
+    chosen elsewhere) or `xla_ragged` (`jax.lax.ragged_dot`). All are differentiable.
     Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other, for a `layer` that there
     is not, unless it is traced, and for a named implementation that does not take the call or, when the program is
     lowered, the platform.
@@ -61,11 +77,13 @@ def routed_mlp(
     if layer is not None and not isinstance(layer, jax.core.Tracer) and not 0 <= layer < experts.up.shape[0]:
         raise ValueError(f"layer: {layer} of {experts.up.shape[0]} layers")
     OPERATION.check(implementation)
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: shape {residual.shape}, expected that of x, {x.shape}")
     if ids.size == 0:
-        return jnp.zeros_like(x)
+        return jnp.zeros_like(x) if residual is None else jnp.asarray(residual)
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     with jax.named_scope("expert_mlp"):
-        return OPERATION.run(implementation, x, ids, weights, experts, plan, layer)
+        return OPERATION.run(implementation, x, ids, weights, experts, plan, layer, residual)
 
 
 def moe_block(

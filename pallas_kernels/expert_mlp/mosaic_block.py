@@ -8,8 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ..activations import simple_erf
 from ..compat import load_registers
 from .mosaic_gather import find_rows, gather_rows, initialize, wait_for_rows
+from .mosaic_weights import Piece
 
 _I32 = jnp.int32
 _PRODUCER_REGISTERS, _REGISTERS = 56, 504  # per thread, of all warpgroups together
@@ -20,25 +22,27 @@ class _Refs:
     """A block's references: operands and output in global memory, the ring and its barriers in shared memory."""
 
     x: Any
-    kernels: Any
-    biases: Any
     tile_expert: Any
     num_tiles: Any
     row_choice: Any
     layer: Any
-    after: Any  # not read
+    biases: Any
+    kernels: Any  # of each the arrays that its form has
     out: Any
     x_s: Any
     w_s: Any
     out_s: Any
     full: Any
     free: Any
-    rows: Any = ()
+    rows: Any
+    wide_s: Any  # interpreted only
 
 
-def block(product, sizes, x, *refs, x_s, w_s, out_s, full, free, rows):
-    kernels, biases = refs[: sizes.kernels], refs[sizes.kernels : -6]
-    refs = _Refs(x, kernels, biases, *refs[-6:], x_s, w_s, out_s, full, free, rows)
+def block(product, sizes, x, *refs, x_s, w_s, out_s, full, free, rows, wide_s):
+    (*plan_and_layer, out), others = (*refs[:4], refs[-1]), refs[4:-1]
+    biases, others = others[: sizes.biases], others[sizes.biases :]
+    kernels = [others[n * sizes.arrays : (n + 1) * sizes.arrays] for n in range(sizes.kernels)]
+    refs = _Refs(x, *plan_and_layer, biases, kernels, out, x_s, w_s, out_s, full, free, rows, wide_s)
     tiling, warpgroup = product.tiling, lax.axis_index("warpgroup")
     if not (product.overlap or product.interpret):
         plgpu.griddepcontrol_wait()
@@ -108,8 +112,8 @@ def _produce(product, sizes, refs, work):
     def load_weights(column, expert, k, slot):
         depth = pl.ds(k * tiling.depth, tiling.depth)
         strip = pl.ds(column, tiling.columns)
-        for w, w_s in zip(refs.kernels, refs.w_s, strict=True):
-            source = w.at[expert, strip, depth] if product.transposed else w.at[expert, depth, strip]
+        for kernel, w_s in zip(refs.kernels, refs.w_s, strict=True):
+            source = product.weights.source(kernel, expert, strip, depth)
             plgpu.copy_gmem_to_smem(source, w_s.at[slot], refs.full.at[slot])
 
     def load_rows(tile, k, slot):
@@ -174,43 +178,48 @@ def _produce(product, sizes, refs, work):
         plgpu.barrier_wait(refs.free.at[slot_of(step)])
 
 
+class _Stages:
+    """The stages of a piece of work as a consumer goes through them, `count` in all."""
+
+    def __init__(self, product, refs, work, i):
+        self.gathered, self.refs, self.ring, self.count = product.source == "gathered", refs, work.stages, work.steps
+        self.first = i * work.steps
+
+    def wait(self, k):
+        """The slot of the k-th, once it is filled."""
+        step = self.first + k
+        slot = lax.rem(step, _I32(self.ring))
+        plgpu.barrier_wait(self.refs.full.at[slot])
+        if self.gathered:
+            wait_for_rows(self.refs.rows[0], slot, lax.rem(lax.div(step, _I32(self.ring)), _I32(2)))
+        return slot
+
+    def free_before(self, k):
+        """The consumer has read the one before the k-th."""
+        plgpu.barrier_arrive(self.refs.free.at[lax.rem(self.first + k - 1, _I32(self.ring))])
+
+
 def _consume(product, sizes, refs, work, warpgroup):
-    tiling, stages, steps = product.tiling, work.stages, work.steps
+    tiling = product.tiling
     mine = pl.ds(warpgroup * tiling.share, tiling.share)
     if product.source == "gathered":
         plgpu.barrier_wait(refs.rows[1])
 
-    def wait_for_stage(step, slot):
-        plgpu.barrier_wait(refs.full.at[slot])
-        if product.source == "gathered":
-            wait_for_rows(refs.rows[0], slot, lax.rem(lax.div(step, _I32(stages)), _I32(2)))
-
-    def multiply(i, accumulators):
-        @pl.loop(0, steps)
-        def _(k):
-            step = i * steps + k
-            slot = lax.rem(step, _I32(stages))
-            wait_for_stage(step, slot)
-            for accumulator, w_s in zip(accumulators, refs.w_s, strict=True):
-                own = w_s.at[slot, mine] if product.transposed else w_s.at[slot, :, mine].T
-                plgpu.wgmma(accumulator, own, refs.x_s.at[slot].T)
-            # One step's products stay in flight; the stage before is free.
-            plgpu.wgmma_wait(len(refs.w_s))
-
-            @pl.when(k > 0)
-            def _():
-                plgpu.barrier_arrive(refs.free.at[lax.rem(step - 1, _I32(stages))])
-
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(refs.free.at[lax.rem(i * steps + (steps - 1), _I32(stages))])
-        return tuple(accumulator[...] for accumulator in accumulators)
-
     @pl.loop(0, work.pieces)
     def _(i):
         (tile, column), expert = work.piece(i), work.expert(i)
-        accumulators = [plgpu.ACC((tiling.share, tiling.rows))] * sizes.kernels
-        values = pl.run_scoped(lambda *refs_: multiply(i, refs_), *accumulators)
         column = column + warpgroup * tiling.share
+        piece = Piece(
+            stages=_Stages(product, refs, work, i),
+            kernels=refs.kernels,
+            w_s=refs.w_s,
+            x_s=refs.x_s,
+            wide_s=refs.wide_s[0].at[warpgroup] if refs.wide_s else None,
+            expert=expert,
+            mine=mine,
+            columns=pl.ds(column, tiling.share),
+        )
+        values = product.weights.multiply(piece)
         y = _epilogue(product, refs, values, expert, column)
         _store(refs, y.astype(refs.out.dtype), tile * tiling.rows, column, warpgroup)
 
@@ -230,15 +239,7 @@ def _epilogue(product, refs, values, expert, column):
     if product.activation is None:
         return values[0]
     gate, up = values if len(values) == 2 else (None, values[0])
-    return product.activation(gate, up, _erf)
-
-
-def _erf(x):
-    """The error function to 1.5e-7 (Abramowitz and Stegun 7.1.26): Mosaic GPU has none for a warpgroup."""
-    t = 1 / (1 + 0.3275911 * jnp.abs(x))
-    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    y = 1 - series * jnp.exp(-x * x)
-    return jnp.where(x < 0, -y, y)
+    return product.activation(gate, up, simple_erf)
 
 
 def _store(refs, y, row, column, warpgroup):

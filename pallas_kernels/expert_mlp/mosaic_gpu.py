@@ -14,26 +14,21 @@ import jax.numpy as jnp
 
 from .. import compat
 from ..plan import Plan, make_plan
-from . import xla_tiles
+from . import mosaic_weights, xla_tiles
 from .mosaic_kernel import Product, grouped_product
 from .mosaic_tilings import TILE_ROWS, Tilings, choose
 
 #: Shared memory is written in rows of 64 columns.
 _WIDTH_STEP = 64
-_DTYPES = (jnp.bfloat16, jnp.float16)
 #: GPUs whose tensor cores have wgmma; Blackwell's have not.
 _HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
-def refuse(x, ids, weights, experts, plan, layer) -> str | None:
+def refuse(x, ids, weights, experts, plan, layer, residual=None) -> str | None:
     """Why these kernels cannot serve the call; None if they can."""
-    del ids, weights, layer
-    kernels = [w for w in (experts.gate, experts.up, experts.down) if w is not None]
-    if experts.quantized:
-        return "int8 kernels are not multiplied here yet"
-    if x.dtype not in _DTYPES or any(w.dtype != x.dtype for w in kernels):
-        kinds = ", ".join(sorted({str(w.dtype) for w in kernels}))
-        return f"x and kernels must both be bfloat16 or both float16, got {x.dtype} and {kinds}"
+    del ids, weights, layer, residual
+    if reason := mosaic_weights.refuse(x, experts):
+        return reason
     if experts.width % _WIDTH_STEP or experts.hidden % _WIDTH_STEP:
         return f"widths must be multiples of {_WIDTH_STEP}, got D={experts.width} and F={experts.hidden}"
     if plan is not None and plan.tile_rows not in TILE_ROWS:
@@ -94,18 +89,22 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
         x, source = x.at[plan.row_choice // ids.shape[1]].get(mode="fill", fill_value=0), "tiled"
     shared = dict(
         choices=ids.shape[1],
-        transposed=experts.layout == "out_in",
         experts=experts.num_experts,
         num_sms=3 if interpret else compat.num_sms(),
         interpret=interpret,
     )
-    up = Product("moe_jax_expert_up", tilings.up, experts.activation, source, overlap=False, **shared)
-    down = Product("moe_jax_expert_down", tilings.down, None, "tiled", overlap=not interpret, **shared)
+    forms = [mosaic_weights.form_of(kernel, experts.layout) for kernel in (flat.up, flat.down)]
+    up = Product(
+        "moe_jax_expert_up", tilings.up, experts.activation, source, weights=forms[0], overlap=False, **shared
+    )
+    down = Product(
+        "moe_jax_expert_down", tilings.down, None, "tiled", weights=forms[1], overlap=not interpret, **shared
+    )
     given = lambda *arrays: [a for a in arrays if a is not None]
     kernels, biases = given(flat.gate, flat.up), given(flat.gate_bias, flat.up_bias)
     if biases and len(biases) < len(kernels):
         biases = [jnp.zeros_like(biases[0]) if b is None else b for b in (flat.gate_bias, flat.up_bias)]
-    hidden = grouped_product(up, x, kernels, biases, plan, layer, after=flat.down)
+    hidden = grouped_product(up, x, kernels, biases, plan, layer, after=jax.tree.leaves(flat.down))
     return hidden, lambda h: grouped_product(down, h, [flat.down], given(flat.down_bias), plan, layer)
 
 

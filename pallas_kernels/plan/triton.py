@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..routing.triton import call_triton
+from ..triton_call import call_triton
 from .value import Plan, tile_bound
 
 MAX_EXPERTS = 1024

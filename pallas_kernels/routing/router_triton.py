@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ..triton_call import call_triton
 from . import triton, xla
 
 #: Tokens up to which the product is all latency; beyond, XLA's products are as fast.
@@ -50,7 +51,7 @@ def route_tokens(x, router_weight, k, score, renormalize, bias, groups, top_grou
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _multiply_and_choose(rule, depth, x, router_weight, bias):
-    (logits,) = triton.call_triton(
+    (logits,) = call_triton(
         functools.partial(moe_jax_routing_product, depth=depth),
         "moe_jax_routing_product",
         rule.parts * pl.cdiv(router_weight.shape[1], _COLUMNS),

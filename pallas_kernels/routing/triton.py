@@ -10,6 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ..triton_call import call_triton
 from .xla import _TINY, count
 
 #: Columns, padded to powers of two, that one warp still holds in its registers.
@@ -86,21 +87,6 @@ def default_block(num_tokens: int, columns: int) -> tuple[int, int]:
     most = min(128, 2048 // columns) if columns <= 128 else max(1, 512 // columns)
     tokens = min(most, pl.next_power_of_2(pl.cdiv(num_tokens, 128)))
     return tokens, min(4, max(1, tokens * columns // 256)) if columns <= 128 else 1
-
-
-def call_triton(kernel, name: str, grid: int, outputs, warps: int, interpret: bool, operands) -> list[jax.Array]:
-    """`kernel` on whole arrays in global memory by `grid` programs of `warps` warps; `outputs`: shapes and dtypes."""
-    run = pl.pallas_call(
-        kernel,
-        grid=(grid,),
-        in_specs=[pl.no_block_spec] * len(operands),
-        out_specs=[pl.no_block_spec] * len(outputs),
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
-        compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-        name=name,
-    )
-    return list(run(*operands))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -1,0 +1,158 @@
+"""The block for one new token per row: the same maths as `block`, in the few operations that kernels serve whole.
+
+    norm + q, k, v -> decode_attention -> o + residual -> norm + router -> route -> experts + residual
+
+At one token a GPU's time is reading weights and starting kernels. What is not plain enough takes `block`'s own way.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import Experts
+from pallas_kernels.attention.decode import QKNorm, Rotary, Seen, decode_attention
+from pallas_kernels.linear import RMSNorm, linear
+from pallas_kernels.quantized import is_quantized
+
+from .attention import Span, Varying
+from .block import ROUTER, Choice, Place, RoutingRequest, run_experts
+from .block_config import AttentionConfig, BlockConfig, MLPConfig
+from .router import choose_by
+from .weights import Weights
+
+
+def step(
+    config: BlockConfig,
+    weights: Weights,
+    x: Float[Array, "B 1 D"],
+    place: Place,
+    span: Span,
+    entries: dict[str, Array],
+    column: Any,
+    routing: RoutingRequest,
+) -> tuple[Float[Array, "B 1 D"], dict[str, Array], Choice | None]:
+    """`block` on one new token per row, where `plain_enough`."""
+    rows = x[:, 0]
+    with jax.named_scope("attention"):
+        rows, entries = _attention(config, weights, rows, place, span, entries, column)
+    with jax.named_scope("moe" if place.moe else "mlp"):
+        rows, choice = _mlp(config, weights, rows, place, routing)
+    return rows[:, None], entries, choice
+
+
+def plain_enough(config: BlockConfig, x: Any, place: Any, span: Span, entries: Any) -> bool:
+    """Whether a layer on `x [B, T, D]` is what `step` computes."""
+    attention, varying = config.attention, place.varying
+    return (
+        x.shape[1] == 1
+        and entries is not None
+        and not span.fresh
+        and span.bias is None
+        and span.key_positions is None
+        and (config.norm.kind, config.norm.place) == ("rms", "pre")
+        and config.skip_attention
+        and config.residual_scale == 1.0
+        and place.first is None
+        and _plain_attention(attention)
+        and isinstance(varying.rotary, bool)
+        and varying.temperature is None
+        and isinstance(varying.score_divisor, (int, float))
+    )
+
+
+def _plain_attention(config: AttentionConfig) -> bool:
+    odd = config.alibi or config.norm_after_rope or config.latent is not None or config.clip is not None
+    return config.causal and not odd and config.qk_norm in (None, "head", "full")
+
+
+def _attention(
+    config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, span: Span, entries: Any, column: Any
+):
+    """The stream `[B, D]` after attention and its residual, and the cache's stacks; `column [B]` of each new token."""
+    own, a = weights["attention"], config.attention
+    batch = rows.shape[0]
+    norm = RMSNorm(weights["attention_norm"]["scale"], config.norm.epsilon, place.layer)
+    kernels = [_matrices(own[name]) for name in "qkv"]
+    biases = [_flat(own.get(f"{name}_bias")) for name in "qkv"]
+    q, k, v = linear(rows, kernels, layer=place.layer, norm=norm, biases=biases)
+    heads = lambda x, width: x.reshape(batch, -1, width)
+    mixed, entries = decode_attention(
+        heads(q, a.head_dim),
+        heads(k, a.head_dim),
+        heads(v, a.value_dim),
+        entries,
+        jnp.broadcast_to(column, (batch,)),
+        layer=place.layer,
+        scale=a.scale / place.varying.score_divisor,
+        norm=QKNorm(own["q_norm"], own["k_norm"], a.norm_epsilon) if a.qk_norm else None,
+        rotary=_rotary(a, span, place.varying),
+        seen=Seen(window=place.varying.window, chunk=place.varying.chunk, sinks=own.get("sinks")),
+    )
+    given = dict(layer=place.layer, biases=[own.get("o_bias")], residual=rows)
+    return linear(mixed.reshape(batch, -1), [_outputs(own["o"])], **given)[0], entries
+
+
+def _rotary(config: AttentionConfig, span: Span, varying: Varying) -> Rotary | None:
+    if span.turn is None or not varying.rotary:
+        return None
+    cos, sin = (t[:, 0] for t in span.turn)
+    return Rotary(cos, sin, config.rope.interleaved)
+
+
+def _mlp(config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, request: RoutingRequest):
+    """The stream `[B, D]` after the MLP and its residual, and the router's choice (None: a dense layer)."""
+    norm = RMSNorm(weights["mlp_norm"]["scale"], config.norm.epsilon, place.layer)
+    if not place.moe:
+        return _dense(config.dense, weights["dense"], rows, place.of_kind, norm, rows), None
+    group, layer = weights["moe"], place.of_kind
+    with jax.named_scope("router"):
+        biases = [group.get("router_bias")]
+        given = dict(layer=layer, norm=norm, biases=biases, dtype=jnp.float32, normed=True)
+        logits, h = linear(rows, [group["router"]], **given)
+        forced = None if request.forced is None else request.forced[layer].astype(jnp.int32).reshape(len(rows), -1)
+        bias = None if "selection_bias" not in group else group["selection_bias"][layer]
+        real = None if request.real is None else jnp.ravel(request.real)
+        ids, gates = choose_by(config.router, logits, bias, forced, real)
+    stacks = {name: group[name] for name in group if name not in ROUTER}
+    experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
+    y = run_experts(config.router.scale_input, h, ids, gates, experts, layer, request.implementation, rows)
+    if config.shared is not None:
+        y = _shared(config, weights["shared"], h, y, layer)
+    return y, Choice(logits, ids, gates)
+
+
+def _shared(config: BlockConfig, weights: Weights, h: jax.Array, y: jax.Array, layer: Any) -> jax.Array:
+    """`y` and the output of the shared experts on the normed rows `h`."""
+    if not config.shared_gate:
+        return _dense(config.shared, weights, h, layer, None, y)
+    scale = jax.nn.sigmoid(h @ weights["scale"][layer])[:, None]
+    return y + _dense(config.shared, weights, h, layer, None, None) * scale
+
+
+def _dense(config: MLPConfig, weights: Weights, rows: jax.Array, layer: Any, norm: RMSNorm | None, residual: Any):
+    """A dense MLP on rows `[B, D]`, its norm before it and `residual` added to it."""
+    names = ("gate", "up") if config.activation.gated else ("up",)
+    biases = [weights.get(f"{name}_bias") for name in names]
+    hidden = linear(rows, [weights[name] for name in names], layer=layer, norm=norm, biases=biases)
+    hidden = config.activation(hidden[0] if len(hidden) == 2 else None, hidden[-1])
+    given = dict(layer=layer, biases=[weights.get("down_bias")], residual=residual)
+    return linear(hidden, [weights["down"]], **given)[0]
+
+
+def _matrices(kernel: Any) -> Any:
+    """A stack of kernels `[L, *out, in]` as matrices `[L, N, K]`; nothing moves."""
+    return jax.tree.map(lambda w: w.reshape(w.shape[0], -1, w.shape[-1]), kernel)
+
+
+def _outputs(kernel: Any) -> Any:
+    """Output projections `[L, D, N, Hv]` as matrices `[L, D, N * Hv]`; `decoder` has done so outside of its loop."""
+    if is_quantized(kernel):  # contracted axes lie in one already
+        return dataclasses.replace(kernel, inputs=None)
+    return kernel.reshape(*kernel.shape[:2], -1)
+
+
+def _flat(bias: Any) -> Any:
+    return None if bias is None else bias.reshape(bias.shape[0], -1)

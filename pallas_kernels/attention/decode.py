@@ -1,0 +1,102 @@
+"""Attention of one new token per row over a cache: signature, checks and choice of implementation."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..dims import Array as AnyArray
+from ..registry import Implementation, Operation
+from . import decode_triton, decode_xla
+
+OPERATION = Operation(
+    "decode_attention",
+    {
+        "triton": Implementation(decode_triton.decode_attention, decode_triton.refuse, platform="cuda"),
+        "xla": Implementation(decode_xla.decode_attention),
+        "triton_interpreted": Implementation(decode_triton.interpreted, decode_triton.refuse, by_choice=False),
+    },
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QKNorm:
+    """RMSNorm of queries and keys: scales `q [L, H]` and `k [L, H]` norm each head, `[L, N, H]` and `[L, K, H]` all of
+    them together."""
+
+    q: Any
+    k: Any
+    epsilon: float = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (arXiv:2104.09864) of the new tokens: `cos` and `sin` `[B, half]` in float32, for the first `2 *
+    half` components of a head; pairs are neighbours if `interleaved`, else halves."""
+
+    cos: Any
+    sin: Any
+    interleaved: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a token sees beside itself: of the earlier ones, those less than `window` back, and those of its own `chunk`
+    of consecutive positions (None: all). `sinks [L, N]`: a logit per head that takes part in the softmax and is then
+    left out."""
+
+    window: Any = None
+    chunk: Any = None
+    sinks: Any = None
+
+
+def decode_attention(
+    q: Float[AnyArray, "B N H"],
+    k: Float[AnyArray, "B K H"],
+    v: Float[AnyArray, "B K Hv"],
+    cache: Mapping[str, Any],
+    lengths: Int[AnyArray, " B"],
+    *,
+    layer: int | Int[AnyArray, ""],
+    scale: float,
+    norm: QKNorm | None = None,
+    rotary: Rotary | None = None,
+    seen: Seen = Seen(),
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N Hv"], dict[str, Array]]:
+    """Attention of one new token per row, which is written to the cache, over itself and the tokens before it.
+
+    Args: `q`, `k`, `v` of the new tokens as they come from their products; `cache`: `{"k": [L, B, K, S, H], "v": [L, B,
+    K, S, Hv]}`, of which column s holds position s; `lengths`: tokens in the cache, and the new one's position (a row
+    with all S columns full computes nonsense and writes nothing); `layer`: the stacks', which may be traced; `scale`
+    of the scores; `norm` and then `rotary` are applied to q and k, in float32, rounded to their dtype after each.
+    `implementation`: `triton` (CUDA, bfloat16 and float16) or `xla`.
+    Returns `[B, N, Hv]` in q's dtype and the cache with the new entries, in the same memory where it was donated.
+    Raises `ValueError` for shapes that do not fit each other.
+
+    >>> import jax.numpy as jnp
+    >>> one, cache = jnp.ones((1, 1, 2)), {name: jnp.zeros((1, 1, 1, 4, 2)) for name in "kv"}
+    >>> y, cache = decode_attention(one, one, 3 * one, cache, jnp.array([1]), layer=0, scale=0.0)
+    >>> y.tolist(), cache["v"][0, 0, 0].tolist()
+    ([[[1.5, 1.5]]], [[0.0, 0.0], [3.0, 3.0], [0.0, 0.0], [0.0, 0.0]])
+    """
+    q, k, v, lengths = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(lengths, jnp.int32)
+    for name, new in (("k", k), ("v", v)):
+        stack = cache[name]
+        if stack.ndim != 5 or (*stack.shape[1:3], stack.shape[4]) != new.shape:
+            raise ValueError(f"cache: {name} of shape {stack.shape}, expected [L, B, K, S, H] for new {new.shape}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q: shape {q.shape} does not fit keys of shape {k.shape}")
+    with jax.named_scope("decode_attention"):
+        layer = jnp.asarray(layer, jnp.int32)
+        keys, values = jnp.asarray(cache["k"]), jnp.asarray(cache["v"])
+        y, keys, values = OPERATION.run(
+            implementation, q, k, v, keys, values, lengths, layer, float(scale), norm, rotary, seen
+        )
+        return y, {**cache, "k": keys, "v": values}

@@ -1,0 +1,83 @@
+"""The linear map behind a norm: signature, checks and choice of implementation."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ..dims import Array as AnyArray
+from ..registry import Implementation, Operation
+from . import triton_row, triton_rows, xla
+
+OPERATION = Operation(
+    "linear",
+    {
+        "triton_row": Implementation(triton_row.linear, triton_row.refuse, platform="cuda"),
+        "triton_rows": Implementation(triton_rows.linear, triton_rows.refuse, platform="cuda"),
+        "xla": Implementation(xla.linear),
+        "triton_row_interpreted": Implementation(triton_row.interpreted, triton_row.refuse, by_choice=False),
+        "triton_rows_interpreted": Implementation(triton_rows.interpreted, triton_rows.refuse, by_choice=False),
+    },
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RMSNorm:
+    """RMSNorm (arXiv:1910.07467) before a product: `scale [K]`, or a stack `[L, K]` of which `layer` is taken."""
+
+    scale: Any
+    epsilon: float = dataclasses.field(metadata={"static": True})
+    layer: Any = None
+
+
+def linear(
+    x: Float[AnyArray, "G K"],
+    kernels: Sequence[Any],
+    *,
+    layer: int | Int[AnyArray, ""] | None = None,
+    norm: RMSNorm | None = None,
+    biases: Sequence[AnyArray | None] | None = None,
+    residual: Float[AnyArray, "G N"] | None = None,
+    dtype: Any = None,
+    normed: bool = False,
+    implementation: str | None = None,
+) -> list[Float[Array, "G _"]]:
+    """`norm(x) @ kernel.T + bias` for one or several kernels `[N, K]` of the same input, plus `residual`.
+
+    Args: `x` `[G, K]`; `kernels` arrays or `QuantizedArray`s `[N, K]`, the contraction last, or stacks `[L, N, K]` of
+    which the integer `layer` is taken, which may be traced (a stack is never sliced where that would copy it); `norm`
+    of x; `biases` `[N]` or `[L, N]`, or None for each; `residual` `[G, N]` is
+    added to the only product; `dtype` of the products, x's for None; `normed`: also return `norm(x)`, in x's dtype.
+    `implementation`: `triton_row` (CUDA, one row), `triton_rows` (CUDA, up to 64), both for bfloat16, float16 or int8
+    kernels, or `xla`.
+    Returns the products `[G, N]` in the order of their kernels, then the normed rows if asked for. Sums are formed in
+    float32. Raises `ValueError` for shapes that do not fit each other.
+
+    >>> import jax.numpy as jnp
+    >>> eye = 2 * jnp.eye(3)
+    >>> norm = RMSNorm(jnp.ones(3), 0.0)
+    >>> [y.tolist() for y in linear(jnp.array([[3.0, 0.0, 0.0]]), [eye[:1]], norm=norm, normed=True)]
+    [[[3.464101552963257]], [[1.7320507764816284, 0.0, 0.0]]]
+    """
+    x = jnp.asarray(x)
+    axes, width = (2 if layer is None else 3), x.shape[-1]
+    for i, kernel in enumerate(kernels):
+        if kernel.ndim != axes or kernel.shape[-1] != width:
+            want = f"[{'L, ' * (axes - 2)}N, {width}]"
+            raise ValueError(f"kernels: the one at {i} has shape {kernel.shape}, expected {want} for x of {x.shape}")
+        bias = biases[i] if biases is not None else None
+        if bias is not None and bias.shape != kernel.shape[:-1]:
+            raise ValueError(f"biases: shape {bias.shape}, expected {kernel.shape[:-1]}")
+    if norm is not None and (norm.scale.shape[-1] != width or norm.scale.ndim != (1 if norm.layer is None else 2)):
+        raise ValueError(f"norm: scale of shape {norm.scale.shape} for x of {x.shape}, layer {norm.layer}")
+    if residual is not None and (len(kernels) > 1 or residual.shape != (x.shape[0], kernels[0].shape[-2])):
+        raise ValueError(f"residual: shape {residual.shape} beside kernels {[k.shape for k in kernels]}")
+    if biases is not None and all(bias is None for bias in biases):
+        biases = None
+    with jax.named_scope("linear"):
+        given = x, tuple(kernels), layer, norm, None if biases is None else tuple(biases), residual, dtype, normed
+        return OPERATION.run(implementation, *given)
