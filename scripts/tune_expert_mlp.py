@@ -22,6 +22,7 @@ import numpy as np
 
 from pallas_kernels import Experts, compat, make_plan
 from pallas_kernels.expert_mlp.mosaic_kernel import Product, Tiling, grouped_product
+from pallas_kernels.expert_mlp.mosaic_weights import Plain
 
 #: D, F, E, k
 SHAPES = {
@@ -122,7 +123,7 @@ class Cell:
     def product(self, kind, tiling, source, overlap=True):
         _, _, E, k = SHAPES[self.shape]
         activation = self.weights.activation if kind == "up" else None
-        return Product(f"moe_jax_expert_{kind}", tiling, activation, source, k, False, E, overlap, compat.num_sms())
+        return Product(f"moe_jax_expert_{kind}", tiling, activation, source, k, Plain(), E, overlap, compat.num_sms())
 
     def chain(self, kind, tiling, rows_in=None):
         """A program: the kernel over each routing's plan in turn."""

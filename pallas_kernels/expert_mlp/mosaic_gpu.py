@@ -94,9 +94,7 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
         interpret=interpret,
     )
     forms = [mosaic_weights.form_of(kernel, experts.layout) for kernel in (flat.up, flat.down)]
-    up = Product(
-        "moe_jax_expert_up", tilings.up, experts.activation, source, weights=forms[0], overlap=False, **shared
-    )
+    up = Product("moe_jax_expert_up", tilings.up, experts.activation, source, weights=forms[0], overlap=False, **shared)
     down = Product(
         "moe_jax_expert_down", tilings.down, None, "tiled", weights=forms[1], overlap=not interpret, **shared
     )

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .mosaic_block import block
 from .mosaic_gather import arrivals
+from .mosaic_weights import COLUMNS, DEPTH
 
 _STORE_COLUMNS = 64  # stored at once: a row of them fills the 128 bytes of a swizzled tile
 _SHARED_BYTES, _SHARED_RESERVE = 232448, 3072  # of an SM; of that, for barriers and alignment
@@ -53,15 +54,15 @@ class Tiling:
 class Product:
     """What is static of a call. `source` of the rows: "in_place" (row g of each tile is row g of x), "tiled" (x is
     laid out like the plan) or "gathered" (the plan's choices say which). `choices`: per token.
-    `transposed`: kernels are stored `[E, N, K]`. `experts`: per layer. `overlap`: begin to load weights while the
-    kernel before still runs."""
+    `weights`: how kernels are stored (`mosaic_weights`). `experts`: per layer. `overlap`: begin to load weights while
+    the kernel before still runs."""
 
     name: str
     tiling: Tiling
     activation: Any  # gate (or None), up -> hidden; None: the plain product
     source: str
     choices: int
-    transposed: bool
+    weights: Any
     experts: int
     overlap: bool
     num_sms: int
@@ -75,6 +76,8 @@ class _Sizes:
     width: int
     out: int
     kernels: int
+    arrays: int  # of each kernel
+    biases: int
 
     def strips(self, tiling: Tiling) -> int:
         return pl.cdiv(self.out, tiling.columns)
@@ -83,28 +86,30 @@ class _Sizes:
         return pl.cdiv(self.width, tiling.depth)
 
 
-def grouped_product(product: Product, x, kernels, biases, plan, layer, after=None):
-    """`[tiles * rows, N]` for kernels (one or two) `[E, K, N]` or `[E, N, K]` and biases (as many, or none) `[E, N]`.
+def grouped_product(product: Product, x, kernels, biases, plan, layer, after=()):
+    """`[tiles * rows, N]` for kernels (one or two), stored as the product says, and biases (as many, or none) `[E, N]`.
 
     `x` `[G, K]`, or `[tiles * rows, K]` where it is tiled; `layer` int32 `[1]`. Rows of padding hold anything. `after`:
-    an array that is not read, but must exist before this kernel runs: what the next one loads without waiting for it.
+    arrays that are not read, but must exist before this kernel runs: what the next one loads without waiting for it.
     """
-    tiling, count = product.tiling, len(kernels)
-    out = kernels[0].shape[1 if product.transposed else 2]
-    sizes = _Sizes(x.shape[1], out, count)
+    tiling, weights, count = product.tiling, product.weights, len(kernels)
+    arrays = [weights.arrays(kernel) for kernel in kernels]
+    sizes = _Sizes(x.shape[1], weights.out(kernels[0]), count, len(arrays[0]), len(biases))
     stages = min(tiling.stages, sizes.steps(tiling))
-    tile = (tiling.columns, tiling.depth) if product.transposed else (tiling.depth, tiling.columns)
+    stored = arrays[0][0].dtype
+    slots = _store_slots(tiling, stages, count, stored.itemsize)
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM((stages, tiling.rows, tiling.depth), x.dtype),
-        w_s=[plgpu.SMEM((stages, *tile), x.dtype)] * count,
-        out_s=plgpu.SMEM((tiling.consumers, *_store_slots(tiling, stages, count), _STORE_COLUMNS), x.dtype),
+        w_s=[weights.stages(stages, tiling, arrays[0][0])] * count,
+        out_s=plgpu.SMEM((tiling.consumers, *slots, _STORE_COLUMNS), x.dtype),
         full=plgpu.Barrier(num_arrivals=count + (product.source != "gathered"), num_barriers=stages),
         rows=[arrivals(stages), plgpu.Barrier(num_arrivals=1)] if product.source == "gathered" else [],
+        wide_s=[plgpu.SMEM((tiling.consumers, COLUMNS, DEPTH), x.dtype)] if product.interpret else [],
         free=plgpu.Barrier(num_arrivals=tiling.consumers, num_barriers=stages),
     )
     kernel = plgpu.kernel(
         functools.partial(block, product, sizes),
-        out_type=jax.ShapeDtypeStruct((plan.max_tiles * tiling.rows, out), x.dtype),
+        out_type=jax.ShapeDtypeStruct((plan.max_tiles * tiling.rows, sizes.out), x.dtype),
         grid=(product.num_sms * tiling.blocks,),
         grid_names=("block",),
         num_threads=tiling.consumers + 1,
@@ -116,21 +121,16 @@ def grouped_product(product: Product, x, kernels, biases, plan, layer, after=Non
     )
     # where nobody reads them, the choices are not even computed
     choices = plan.row_choice if product.source == "gathered" else plan.tile_expert
-    return kernel(
-        x,
-        *kernels,
-        *biases,
-        plan.tile_expert,
-        plan.num_tiles.reshape(1),
-        choices,
-        layer,
-        layer if after is None else after,
-    )
+    plan_and_layer = plan.tile_expert, plan.num_tiles.reshape(1), choices, layer
+    return kernel(x, *plan_and_layer, *biases, *(array for some in arrays for array in some), *after)
 
 
-def _store_slots(tiling, stages, kernels):
-    """Slots of staging memory per consumer and rows of each: two of as many rows as there is room for."""
-    ring = stages * 2 * tiling.depth * (tiling.rows + kernels * tiling.columns)
+def _store_slots(tiling, stages, kernels, stored=2):
+    """Slots of staging memory per consumer and rows of each: two of as many rows as there is room for.
+
+    `stored`: bytes of a kernel's element.
+    """
+    ring = stages * tiling.depth * (2 * tiling.rows + stored * kernels * tiling.columns)
     room = _SHARED_BYTES // tiling.blocks - _SHARED_RESERVE - ring
     for parts in range(1, tiling.rows // 8 + 1):
         slots, rows = min(2, parts * tiling.share // _STORE_COLUMNS), 8 * pl.cdiv(tiling.rows, 8 * parts)

@@ -19,7 +19,6 @@ from pallas_kernels.expert_mlp import mosaic_gpu
 from pallas_kernels.expert_mlp.api import OPERATION
 from pallas_kernels.expert_mlp.mosaic_kernel import Tiling
 from pallas_kernels.expert_mlp.mosaic_tilings import TILE_ROWS, Tilings, choose, tile_rows
-from pallas_kernels.quantized import quantize
 
 KERNELS = {"moe_jax_expert_up", "moe_jax_expert_down"}
 HALF = jnp.bfloat16
@@ -76,7 +75,7 @@ SMALL = 8, 128, 64, 4, 2
 class TestChoice:
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
     def test_by_platform_and_type(self, dtype):
-        call = *operands(*SMALL, dtype=dtype), None, None
+        call = *operands(*SMALL, dtype=dtype), None, None, None
         with mesh_of(H100):
             half = dtype != jnp.float32
             assert OPERATION.chosen("cuda", *call) == ("mosaic_gpu" if half else "xla_tiles")
@@ -86,7 +85,7 @@ class TestChoice:
     @pytest.mark.parametrize("kind", [H100, "NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H800", "NVIDIA H20"])
     def test_every_hopper(self, kind):
         with mesh_of(kind):
-            assert OPERATION.chosen("cuda", *operands(*SMALL), None, None) == "mosaic_gpu"
+            assert OPERATION.chosen("cuda", *operands(*SMALL), None, None, None) == "mosaic_gpu"
 
     def test_float32_takes_the_tile_loop(self):
         assert is_xla(lowered(routed_mlp, *operands(*SMALL, dtype=jnp.float32)))
@@ -136,12 +135,6 @@ class TestRefusals:
     @pytest.mark.parametrize("width, hidden", [(72, 64), (64, 72), (32, 64)])
     def test_widths(self, width, hidden):
         self.refused(operands(8, width, hidden, 4, 2), f"widths must be multiples of 64, got D={width} and F={hidden}")
-
-    def test_int8_kernels(self):
-        x, ids, weights, experts = operands(*SMALL, layout="out_in")
-        kernels = jax.eval_shape(lambda: [quantize(jnp.ones(k.shape, k.dtype)) for k in (experts.gate, experts.down)])
-        call = x, ids, weights, Experts(gate=kernels[0], up=kernels[0], down=kernels[1], layout="out_in")
-        self.refused(call, "int8 kernels are not multiplied here yet")
 
     @pytest.mark.parametrize("rows", [3, 76, 168])
     def test_rows_of_a_plan(self, rows):
