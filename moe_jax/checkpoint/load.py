@@ -19,6 +19,7 @@ from ..weights import Parameter, Weights, nested, parameters
 from .formats import as_stored, formats_on_disk, joined, split
 from .int8 import SCALE, Int8Format
 from .layout import Piece, from_disk, pieces
+from .mxfp4 import on_disk
 from .quantized import convert
 from .source import Stored, TensorSource
 
@@ -130,18 +131,18 @@ def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar, encode: Enco
         into = room.reshape(piece.disk_shape) if plain and room.flags.c_contiguous else None
         array = checkpoint.read(piece.name, into)
         if array is not into:
-            target[index] = convert(from_disk(piece, array), dtype)
+            target[index] = convert(from_disk(piece, array), target.dtype)
         bar.update(room.nbytes)
 
     ranges = any(isinstance(i, slice) for piece in parts for i in piece.index)  # a pyramid's routers: small
     if ranges or (jax.default_backend() == "cpu" and encode is None):
         host = _aligned(shape, dtype)
-        _all(pool.submit(fill, host, piece, piece.index) for piece in parts)
+        _all(pool.submit(fill, on_disk(host), piece, piece.index) for piece in parts)
         return jax.device_put(host)
     buffer = None
     for layer in dict.fromkeys(piece.index[:1] for piece in parts):
         host = np.empty(shape[len(layer) :], dtype)
-        _all(pool.submit(fill, host, p, p.index[1:]) for p in parts if p.index[:1] == layer)
+        _all(pool.submit(fill, on_disk(host), p, p.index[1:]) for p in parts if p.index[:1] == layer)
         own = _encoded(jnp.asarray(host), parts[0], encode)
         if not layer:
             return own

@@ -13,6 +13,7 @@ from .layout import Piece
 
 METHOD = "mxfp4"
 BLOCKS, SCALES = "_blocks", "_scales"
+_WORD, _BYTE = np.dtype(np.uint32), np.dtype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,7 @@ class MXFP4Format:
     def stacks(self, name: str, parameter: Parameter) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes and dtypes of a parameter's blocks and scales."""
         *lead, width = parameter.shape
-        byte = np.dtype(np.uint8)
-        return {name + BLOCKS: ((*lead, width // 2), byte), name + SCALES: ((*lead, width // GROUP), byte)}
+        return {name + BLOCKS: ((*lead, width // 8), _WORD), name + SCALES: ((*lead, width // GROUP), _BYTE)}
 
     def join(self, flat: dict[str, Any], name: str, parameter: Parameter, dtype: Any) -> MXFP4Array:
         """The array out of its parts, which leave `flat`."""
@@ -57,3 +57,13 @@ class MXFP4Format:
     def separate(self, name: str, array: MXFP4Array) -> dict[str, Any]:
         """The inverse of `join`."""
         return {name + BLOCKS: array.blocks, name + SCALES: array.scales}
+
+
+def on_disk(array: np.ndarray) -> np.ndarray:
+    """The array, its words as the bytes that files hold: a view."""
+    return array.view(stored_dtype(array.dtype))
+
+
+def stored_dtype(dtype: np.dtype) -> np.dtype:
+    """What an array of a model has in a file; only blocks are of words."""
+    return _BYTE if dtype == _WORD else dtype

@@ -13,6 +13,7 @@ from ..config import ModelConfig
 from ..weights import Weights, flattened, parameters
 from .formats import formats_of_weights, separated, split
 from .layout import Piece, pieces, to_disk
+from .mxfp4 import on_disk, stored_dtype
 from .safetensors import write_file
 
 _INDEX = "model.safetensors.index.json"
@@ -57,7 +58,7 @@ def _nbytes(layout) -> int:
 def _shards(tensors, flat, limit):
     shards, size = [{}], 0
     for name, parts in tensors.items():
-        entry = (flat[parts[0].parameter].dtype, parts[0].disk_shape)
+        entry = (stored_dtype(flat[parts[0].parameter].dtype), parts[0].disk_shape)
         nbytes = _nbytes({name: entry})
         if shards[-1] and size + nbytes > limit:
             shards.append({})
@@ -69,7 +70,7 @@ def _shards(tensors, flat, limit):
 
 def _arrays(layout, tensors, flat) -> Iterator[np.ndarray]:
     for name in layout:
-        yield to_disk([(piece, np.asarray(flat[piece.parameter][piece.index])) for piece in tensors[name]])
+        yield to_disk([(piece, on_disk(np.asarray(flat[piece.parameter][piece.index]))) for piece in tensors[name]])
 
 
 def _remove_old(folder: Path, keep: set[str]) -> None:

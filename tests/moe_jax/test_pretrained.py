@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import GOLDEN, golden_cases
@@ -17,7 +18,8 @@ def equal(one, other):
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype
-        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
+        for x, y in zip(jax.tree.leaves(a[name]), jax.tree.leaves(b[name]), strict=True):
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=name)
 
 
 @pytest.mark.parametrize("case", golden_cases())
@@ -31,7 +33,8 @@ def test_load_of_save_is_exact(case, tmp_path):
     assert ours.items() <= theirs.items()
     assert all("vision" in name or "multi_modal" in name for name in theirs.keys() - ours.keys())
     config = json.loads((tmp_path / "config.json").read_text())
-    assert "quantization_config" not in config and config["model_type"] == model.config.model_type
+    assert ("quantization_config" in config) == (case == "gpt_oss_mxfp4")  # fp8 is widened
+    assert config["model_type"] == model.config.model_type
 
 
 def test_bfloat16_and_shards(tmp_path):
@@ -72,7 +75,7 @@ def test_implementations_by_name():
     for implementation in ("xla_ragged", {"routed_mlp": "xla_ragged"}):
         other = moe_jax.load_pretrained(folder, implementation=implementation)
         np.testing.assert_allclose(other(ids), default, atol=2e-5)
-    with pytest.raises(ValueError, match="there are: mosaic_gpu, xla_tiles, xla_ragged"):
+    with pytest.raises(ValueError, match="there are: triton_row, mosaic_gpu, xla_tiles, xla_ragged"):
         moe_jax.load_pretrained(folder, implementation="cuda_magic")(ids)
     with pytest.raises(ValueError, match="unknown operations attention"):
         moe_jax.load_pretrained(folder, implementation={"attention": "xla"})
