@@ -13,13 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dims import Array as AnyArray
 from pallas_kernels.expert_mlp.api import OPERATION
-from pallas_kernels.quantized import check_group_size
 
 from . import decoder
 from .block import RoutingRequest
 from .block_config import Architecture
 from .config import ModelConfig
-from .random_weights import draw, draw_int8
+from .random_weights import draw, stored_forms
 from .weights import Weights, nested, parameters
 
 
@@ -70,25 +69,25 @@ class Model(nnx.Module):
         config: ModelConfig,
         seed: int = 0,
         dtype: Any = jnp.float32,
-        bits: int | None = None,
+        quantize: str | None = None,
         group_size: int | None = None,
         **options: Any,
     ) -> "Model":
         """A model with random weights: normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases 0.
 
-        They are made on the default device, which never holds much more than them. `bits` 8: in int8 from the
-        beginning, as `moe_jax.quantize` with this `group_size` would give them. `options`: those of `Model`.
-        Raises `ValueError` for other `bits` and a `group_size` that is not a positive integer.
-        """
-        from .quantize import encoder  # that module needs this class
+        They are made on the default device, which never holds much more than them. `quantize`: "int8", from the
+        beginning as `moe_jax.quantize` with this `group_size` would give them, or "mxfp4": experts in 4 bits, codes
+        and powers of two random with the same standard deviation, all else in `dtype`. `options`: those of `Model`.
+        Raises `ValueError` for another `quantize`, a `group_size` that is no positive integer or not of int8, and
+        MXFP4 of a model without experts, of a pyramid, or of widths that are not multiples of 32.
 
-        if bits not in (None, 8):
-            raise ValueError(f"bits: {bits!r}; only 8 are supported")
-        check_group_size(group_size)
+        >>> Model.initialize(tiny_config(), quantize="int8", group_size=16).arrays()["moe"]["up"].scales.shape
+        (2, 4, 48, 2)
+        """
         table, made = parameters(config.architecture), {}
+        forms = stored_forms(table, quantize, group_size)
         for key, (name, p) in zip(jax.random.split(jax.random.key(seed), len(table)), table.items(), strict=True):
-            small = bits == 8 and encoder(name, p, group_size) is not None
-            made[name] = draw_int8(key, p, dtype, group_size) if small else draw(key, name, p, dtype)
+            made[name] = draw(key, name, p, dtype, forms.get(name), group_size)
         return cls(config, nested(made), **options)
 
     @property

@@ -11,10 +11,7 @@ from pallas_kernels.quantized import check_group_size, is_quantized
 from pallas_kernels.quantized import quantize as quantize_array
 
 from .model import Model
-from .weights import Parameter, flattened, nested, parameters
-
-#: Last part of a kernel's name; routers, norms, biases, sinks and other small things are not among them.
-_KERNELS = frozenset("q k v o q_down q_up kv_down kv_up gate up down embedding kernel".split())
+from .weights import Parameter, flattened, is_kernel, nested, parameters
 
 
 def quantize(model: Model, bits: int = 8, group_size: int | None = None) -> Model:
@@ -41,7 +38,7 @@ def quantize(model: Model, bits: int = 8, group_size: int | None = None) -> Mode
         raise ValueError("quantize: the model's weights are int8 already")
     table = parameters(model.architecture)
     for name, array in weights.items():
-        if _is_kernel(name) and not isinstance(array, MXFP4Array):
+        if is_kernel(name) and not isinstance(array, MXFP4Array):
             weights[name], finite = _quantize(array, group_size, table[name].inputs, table[name].layers is not None)
             if not finite:
                 raise ValueError(f"quantize: {name} holds values that are not finite")
@@ -68,11 +65,7 @@ def dequantize(model: Model) -> Model:
 
 def encoder(name: str, parameter: Parameter, group_size: int | None) -> Any:
     """What `quantize` does with one layer of a parameter, for a loader that does it layer by layer; None: nothing."""
-    return functools.partial(_quantize, group_size=group_size, inputs=parameter.inputs) if _is_kernel(name) else None
-
-
-def _is_kernel(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in _KERNELS
+    return functools.partial(_quantize, group_size=group_size, inputs=parameter.inputs) if is_kernel(name) else None
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "inputs", "stacked"))

@@ -8,6 +8,8 @@ from .block_config import Architecture, AttentionConfig, BlockConfig, MLPConfig
 Shapes = dict[str, tuple[int, ...]]
 #: Nested dictionary of arrays: `tree["attention"]["q"]` is the parameter "attention.q".
 Weights = dict[str, Any]
+#: Last part of a kernel's name; routers, norms, biases, sinks and other small things are not among them.
+_KERNELS = frozenset("q k v o q_down q_up kv_down kv_up gate up down embedding kernel".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +139,15 @@ def _latent(config: AttentionConfig, width: int) -> Shapes:
     if config.qkv_bias:
         shapes["q_down_bias"] = (latent.query_rank,)
     return shapes | {"q_up": (heads, config.head_dim, latent.query_rank)}
+
+
+def is_kernel(name: str) -> bool:
+    """Whether a parameter is one of the kernels, those that may be quantised, by its name.
+
+    >>> is_kernel("moe.up"), is_kernel("moe.router")
+    (True, False)
+    """
+    return name.rsplit(".", 1)[-1] in _KERNELS
 
 
 def nested(flat: dict[str, Any]) -> Weights:

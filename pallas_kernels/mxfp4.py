@@ -20,9 +20,10 @@ class MXFP4Array(Quantized):
 
     `blocks` uint32 `[..., out, in/8]`: input `8 * j + i` is in bits `4 * i` to `4 * i + 3` of word `j`, which is how a
     little-endian machine sees the bytes of gpt-oss checkpoints (docs/decisions.md says why words). A value's bits are
-    sign, exponent (2), mantissa (1): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. `scales` uint8 `[..., out, in/32]`:
-    the factor is `2**(scale - 127)`, NaN for 255. `dtype`: what the array stands for; see `Quantized` for what it has
-    in common with other forms. Source: OCP Microscaling Formats (MX) 1.0, sections 5.3.3 and 5.4.1.
+    sign, exponent (2), mantissa (1): 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. `scales` uint8
+    `[..., out, in/32]`: the factor is `2**(scale - 127)`, NaN for 255. `dtype`: what the array stands for; see
+    `Quantized` for what it has in common with other forms. Source: OCP Microscaling Formats (MX) 1.0, sections 5.3.3
+    and 5.4.1.
 
     >>> w = MXFP4Array(np.full((1, 4), 0x72727272, np.uint32), np.full((1, 1), 128, np.uint8))
     >>> w.shape, w.nbytes, w.dequantize()[0, :4].tolist()
@@ -52,7 +53,7 @@ class MXFP4Array(Quantized):
         words = jnp.asarray(self.blocks).reshape(*self.scales.shape, -1, 1)
         scales = jnp.asarray(self.scales).astype(jnp.uint32)[..., None, None]
         place = jnp.arange(8, dtype=jnp.uint32)
-        # XLA moves any arithmetic on `place`, such as 4 * place, out of a loop into memory: 4 to 6 times as slow on a CPU.
+        # XLA would move 4 * place out of a loop, into memory: 4 to 6 times as slow on a CPU.
         codes = words >> place >> place >> place >> place & 15
         bits = _float32_bits(codes, scales).reshape(self.shape)
         if dtype == jnp.bfloat16:  # the upper half of float32; the lower is zero

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from moe_jax.benchmarks.hlo import weight_movements  # noqa: E402
-from moe_jax.benchmarks.models import find_config, make  # noqa: E402
+from moe_jax.benchmarks.models import QUANTIZE, find_config, make, stored_as  # noqa: E402
 from moe_jax.benchmarks.profile import profile, summary  # noqa: E402
 
 
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--steps", type=int, default=10, help="decode steps in the trace")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--quantize", choices=["int8"])
+    parser.add_argument("--quantize", choices=QUANTIZE, help="weights (default: as released; none: as --dtype)")
     parser.add_argument("--implementation", help="of the experts")
     parser.add_argument("--trace", metavar="DIR", help="keep the trace here")
     parser.add_argument("--program", metavar="FILE", help="write the compiled program here")
@@ -38,9 +38,10 @@ def main() -> int:
         config = find_config(options.model, options.layers)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    model = make(config, options.dtype, options.quantize, options.implementation)
+    form = stored_as(config, options.quantize)
+    model = make(config, options.dtype, form, options.implementation)
     found = profile(model, options.batch, options.prompt, options.steps, options.what, options.trace)
-    about = f"{options.dtype}{f', {options.quantize} weights' if options.quantize else ''}"
+    about = f"{options.dtype}{f', {form} weights' if form else ''}"
     sizes = f"{found.layers} layers, B={options.batch}, prompt {options.prompt}"
     print(f"{options.what} of {options.model}, {sizes}, {about}, jax {jax.__version__}, {jax.devices()[0].device_kind}")
     print(*summary(found), sep="\n")

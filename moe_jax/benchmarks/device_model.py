@@ -27,7 +27,8 @@ _TOLERANCE = 0.2
 class Options:
     """What is measured: `case` "decode" or "prefill" (which is `new` 1), and of what models.
 
-    `quantized`: None or "int8"; `layers`: of each model, None for all; `repeats`: calls of which medians are taken.
+    `quantized`: None (as `dtype`), "int8" or "mxfp4"; `layers`: of each model, None for all; `repeats`: calls of which
+    medians are taken.
     """
 
     device: jax.Device

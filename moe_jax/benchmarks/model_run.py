@@ -1,29 +1,32 @@
 """A run of whole models on an accelerator: model by model, then ceilings, then tables."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 
 from . import device_model
 from .accelerator import ceilings_of, pace_of
-from .models import find_config
+from .models import find_config, stored_as
 from .table import Report, Row, heading, machine, write_json
 
 #: What there is to measure.
 WHAT = ("decode", "prefill")
 
 
-def run(options: device_model.Options, models: Sequence[str], json: str | None = None) -> int:
+def run(
+    options: device_model.Options, models: Sequence[str], json: str | None = None, quantize: str | None = None
+) -> int:
     """Measure, print a table, and write the JSON file after each model. Returns 1 if anything failed, else 0.
 
-    Ceilings are measured after the first model, whose memory they would spoil. `ValueError` for models that there are
-    not.
+    `quantize`: see `models.stored_as`. Ceilings are measured after the first model, whose memory they would spoil.
+    `ValueError` for models that there are not.
     """
-    for name in models:
-        find_config(name, options.layers)
+    stored = [stored_as(find_config(name, options.layers), quantize) for name in models]
     begin, device = time.perf_counter(), options.device
     about, rows, ceilings = machine(device.platform), [], None
-    for name in models:
+    for name, form in zip(models, stored, strict=True):
+        options = dataclasses.replace(options, quantized=form)
         found = device_model.run(name, options)
         ceilings = ceilings or ceilings_of(device, options.dtype, pace_of(device))
         rows += device_model.rows(name, options, found, ceilings)

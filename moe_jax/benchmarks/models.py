@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from ..checkpoint.formats import quantization_of
+from ..checkpoint.mxfp4 import METHOD
 from ..config import ModelConfig
 from ..model import Model
 from .shapes import config_path
 
+#: How weights may be asked for; without, they are as the model is released.
+QUANTIZE = ("none", "int8", "mxfp4")
 #: Short names of models, and their configs.
 SHORT = {
     "olmoe": "olmoe-1b-7b-0924",
@@ -24,7 +28,6 @@ def find_config(name: str, layers: int | None = None) -> ModelConfig:
     4
     """
     hub = ModelConfig.from_json_file(config_path(SHORT.get(name, name), SHORT)).to_dict()
-    hub.pop("quantization_config", None)  # how a checkpoint is stored
     if layers is not None:
         text = hub if "num_hidden_layers" in hub else hub["text_config"]
         had = text["num_hidden_layers"]
@@ -35,8 +38,18 @@ def find_config(name: str, layers: int | None = None) -> ModelConfig:
     return ModelConfig.from_dict(hub)
 
 
-def make(config: ModelConfig, dtype: Any, quantized: str | None = None, implementation: str | None = None) -> Model:
-    """A model with random weights on the default device; `quantized`: None or "int8", one scale per output."""
-    if quantized not in (None, "int8"):
-        raise ValueError(f"quantize: {quantized!r}; there is int8")
-    return Model.initialize(config, dtype=dtype, bits=8 if quantized else None, implementation=implementation)
+def stored_as(config: ModelConfig, quantize: str | None = None) -> str | None:
+    """What `make` takes for a flag: None as the model is released, as far as weights can be made so; "none" None.
+
+    >>> stored_as(find_config("gptoss")), stored_as(find_config("gptoss"), "none"), stored_as(find_config("olmoe"))
+    ('mxfp4', None, None)
+    """
+    if quantize is None:
+        released = (quantization_of(config) or {}).get("quant_method")
+        return released if released == METHOD else None
+    return None if quantize == "none" else quantize
+
+
+def make(config: ModelConfig, dtype: Any, quantize: str | None = None, implementation: str | None = None) -> Model:
+    """A model with random weights on the default device; `quantize`: None, "mxfp4", or "int8", one scale per output."""
+    return Model.initialize(config, dtype=dtype, quantize=quantize, implementation=implementation)

@@ -11,6 +11,7 @@ import jax
 
 from ..benchmarks import accelerator, block, decode, device_model, load, model_run
 from ..benchmarks.inputs import DTYPES
+from ..benchmarks.models import QUANTIZE
 from ..benchmarks.table import Report, Row, machine, markdown, summary, write_json
 from ..benchmarks.timing import Setting, measure_ceilings
 
@@ -58,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
     models = f"{','.join(accelerator.MODELS)}, configs/NAME.json by name, or a path"
     parser.add_argument("--model", type=_names, metavar="NAME,...", help=f"whose shapes: {models}")
-    stored = "weights of decode and prefill with --model (default: as --dtype)"
-    parser.add_argument("--quantize", choices=["int8"], help=stored)
+    stored = "weights of decode and prefill with --model (default: as released; none: as --dtype)"
+    parser.add_argument("--quantize", choices=QUANTIZE, help=stored)
     names = "of the experts, by name (with --model; default: what JAX programs take)"
     parser.add_argument("--implementation", type=_names, metavar="NAME,...", help=names)
     dtypes = "with --model or on a GPU (default: bfloat16; float32 on a CPU)"
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         device = _device(args.device)
         with jax.default_device(device):
             if whole and (device.platform != "cpu" or args.model or args.what == "prefill"):
-                return model_run.run(_options(args, device), args.model or _MODELS, args.json)
+                return model_run.run(_options(args, device), args.model or _MODELS, args.json, args.quantize)
             if device.platform != "cpu" or args.model or args.what == "routing":
                 return accelerator.run(_request(args, device), args.json)
             report = _measure(args)
@@ -142,7 +143,6 @@ def _options(args: argparse.Namespace, device: jax.Device) -> device_model.Optio
         prompt=args.prompt or (128 if decoding else 2048),
         new=args.new,
         dtype=args.dtype or ("float32" if device.platform == "cpu" else "bfloat16"),
-        quantized=args.quantize,
         implementation=args.implementation[0] if args.implementation else None,
         layers=args.layers,
         repeats=args.repeats or 5,

@@ -49,6 +49,36 @@ def test_int8_counts_values_and_scales():
     assert work.weights_of(model).expert == EXPERT + 4 * (48 + 48 + 32)
 
 
+def test_mxfp4_counts_words_and_scales():
+    config = models.find_config("configs/tiny/gpt_oss.json")
+    model = models.make(config, "bfloat16", "mxfp4")
+    d, f = model.architecture.block.width, model.architecture.block.experts.hidden
+    assert work.weights_of(model).expert == 3 * d * f * (1 / 2 + 1 / 32) + 2 * (2 * f + d)
+
+
+@pytest.mark.parametrize(
+    "name, flag, want",
+    [
+        ("gptoss", None, "mxfp4"),
+        ("gptoss", "mxfp4", "mxfp4"),
+        ("gptoss", "int8", "int8"),
+        ("gptoss", "none", None),
+        ("qwen3", None, None),
+        ("qwen3", "mxfp4", "mxfp4"),
+        ("deepseek-v3", None, None),
+    ],
+)
+def test_models_are_measured_as_they_are_released(name, flag, want, monkeypatch):
+    taken = []
+    monkeypatch.setattr(device_model, "run", lambda name, options: taken.append(options.quantized) or [(1, "failed")])
+    monkeypatch.setattr(model_run, "ceilings_of", lambda *a: CEILINGS)
+    monkeypatch.setattr(model_run, "machine", lambda platform: {})
+    rows = []
+    monkeypatch.setattr(model_run, "heading", lambda report: rows.extend(report.rows) or "")
+    assert model_run.run(device_model.Options(device=CPU), (name,), quantize=flag) == 1
+    assert taken == [want] and rows[0].dtype == "bfloat16" + (f", {want} weights" if want else "")
+
+
 def test_windows_and_tied_tables_are_counted():
     hub = {"sliding_window": 4, "tie_word_embeddings": True}
     model = Model.initialize(ModelConfig.from_dict(tiny_config().to_dict() | hub))

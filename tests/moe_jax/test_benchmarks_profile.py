@@ -95,7 +95,7 @@ def test_overlapping_kernels_leave_no_gap():
 @pytest.mark.parametrize("what", ["decode", "prefill"])
 def test_a_model_is_profiled(what, tmp_path):
     config = ModelConfig.from_json_file("configs/tiny/qwen3_moe.json")
-    model = Model.initialize(config, bits=8 if what == "prefill" else None)
+    model = Model.initialize(config, quantize="int8" if what == "prefill" else None)
     found = profile(model, batch=2, prompt=6, steps=3, what=what, folder=str(tmp_path))
     assert re.match(rf"HloModule jit_+{what}", found.program)
     assert found.steps == (3 if what == "decode" else 1) and set(found.stages) <= set(STAGES)
