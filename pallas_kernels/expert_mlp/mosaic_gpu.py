@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .. import compat
 from ..plan import Plan, make_plan
-from . import mosaic_weights, xla_tiles
+from . import mosaic_forms, xla_tiles
 from .mosaic_kernel import Product, grouped_product
 from .mosaic_tilings import TILE_ROWS, Tilings, choose
 
@@ -27,7 +27,7 @@ _HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 def refuse(x, ids, weights, experts, plan, layer, residual=None) -> str | None:
     """Why these kernels cannot serve the call; None if they can."""
     del ids, weights, layer, residual
-    if reason := mosaic_weights.refuse(x, experts):
+    if reason := mosaic_forms.refuse(x, experts):
         return reason
     if experts.width % _WIDTH_STEP or experts.hidden % _WIDTH_STEP:
         return f"widths must be multiples of {_WIDTH_STEP}, got D={experts.width} and F={experts.hidden}"
@@ -93,7 +93,7 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
         num_sms=3 if interpret else compat.num_sms(),
         interpret=interpret,
     )
-    forms = [mosaic_weights.form_of(kernel, experts.layout) for kernel in (flat.up, flat.down)]
+    forms = [mosaic_forms.form_of(kernel, experts.layout) for kernel in (flat.up, flat.down)]
     up = Product("moe_jax_expert_up", tilings.up, experts.activation, source, weights=forms[0], overlap=False, **shared)
     down = Product(
         "moe_jax_expert_down", tilings.down, None, "tiled", weights=forms[1], overlap=not interpret, **shared

@@ -96,8 +96,7 @@ def grouped_product(product: Product, x, kernels, biases, plan, layer, after=())
     arrays = [weights.arrays(kernel) for kernel in kernels]
     sizes = _Sizes(x.shape[1], weights.out(kernels[0]), count, len(arrays[0]), len(biases))
     stages = min(tiling.stages, sizes.steps(tiling))
-    stored = arrays[0][0].dtype
-    slots = _store_slots(tiling, stages, count, stored.itemsize)
+    slots = _store_slots(tiling, stages, count, weights.bits)
     scratch: dict[str, Any] = dict(
         x_s=plgpu.SMEM((stages, tiling.rows, tiling.depth), x.dtype),
         w_s=[weights.stages(stages, tiling, arrays[0][0])] * count,
@@ -125,12 +124,12 @@ def grouped_product(product: Product, x, kernels, biases, plan, layer, after=())
     return kernel(x, *plan_and_layer, *biases, *(array for some in arrays for array in some), *after)
 
 
-def _store_slots(tiling, stages, kernels, stored=2):
+def _store_slots(tiling, stages, kernels, bits):
     """Slots of staging memory per consumer and rows of each: two of as many rows as there is room for.
 
-    `stored`: bytes of a kernel's element.
+    `bits`: of a kernel's element.
     """
-    ring = stages * tiling.depth * (2 * tiling.rows + stored * kernels * tiling.columns)
+    ring = stages * tiling.depth * (16 * tiling.rows + bits * kernels * tiling.columns) // 8
     room = _SHARED_BYTES // tiling.blocks - _SHARED_RESERVE - ring
     for parts in range(1, tiling.rows // 8 + 1):
         slots, rows = min(2, parts * tiling.share // _STORE_COLUMNS), 8 * pl.cdiv(tiling.rows, 8 * parts)

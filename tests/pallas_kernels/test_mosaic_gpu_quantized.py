@@ -14,7 +14,11 @@ from test_mosaic_gpu import BFLOAT16, make, run, run_layer
 from test_mosaic_gpu_lowering import HALF, KERNELS, MODELS, SMALL, TOKENS, array, is_xla, kernels, named, operands
 
 from pallas_kernels import compat, routed_mlp
-from pallas_kernels.expert_mlp import mosaic_weights
+from pallas_kernels.expert_mlp.mosaic_forms import form_of
+from pallas_kernels.expert_mlp.mosaic_int8 import Int8, Int8Groups
+from pallas_kernels.expert_mlp.mosaic_mxfp4 import LOAD, MXFP4, SCALE, WIDEN
+from pallas_kernels.expert_mlp.mosaic_weights import Plain
+from pallas_kernels.mxfp4 import MXFP4Array
 from pallas_kernels.quantized import QuantizedArray, dense, quantize, quantize_runs
 
 interpreted = pytest.mark.skipif(not compat.INTERPRETS_GPU, reason="JAX's interpreter runs these kernels from 0.11 on")
@@ -46,15 +50,27 @@ CASES = {
     "groups larger than a stage": ((24, 3, 2, 320, 192, {}), 256),
     "a stack": ((8, 3, 2, 64, 128, dict(layers=(3,), activation="geglu", biases=True)), None),
     "groups of a stack": ((8, 3, 2, 128, 128, dict(layers=(3,))), 64),
+    "MXFP4": ((7, 5, 2, 128, 64, dict(biases=True)), "mxfp4"),
+    "MXFP4, gathered": ((24, 5, 2, 192, 320, dict(activation="relu")), "mxfp4"),
+    "MXFP4, a stack": ((8, 3, 2, 64, 192, dict(layers=(3,))), "mxfp4"),
 }
-QUICK = {"a scale per column", "groups", "a stack"}
+QUICK = {"a scale per column", "groups", "a stack", "MXFP4"}
 
 
 def case(name):
     shape, group = CASES[name]
     *sizes, options = shape
     x, ids, weights, experts = make(*sizes, dict(dtype=BFLOAT16, layout="out_in") | options)
-    return x, ids, weights, each_kernel(functools.partial(quantize, group_size=group), experts)
+    smaller = random_mxfp4 if group == "mxfp4" else functools.partial(quantize, group_size=group)
+    return x, ids, weights, each_kernel(smaller, experts)
+
+
+def random_mxfp4(kernel):
+    """Of the same shape, all codes and several powers of two."""
+    rng, (*lead, width) = np.random.default_rng(3), kernel.shape
+    blocks = rng.integers(0, 1 << 32, (*lead, width // 8), dtype=np.uint32)
+    scales = rng.integers(120, 125, (*lead, width // 32)).astype(np.uint8)
+    return MXFP4Array(jnp.asarray(blocks), jnp.asarray(scales), np.dtype(BFLOAT16))
 
 
 @interpreted
@@ -104,15 +120,22 @@ def int8(kernel, group=None):
     return QuantizedArray(array(*kernel.shape, dtype=jnp.int8), scales, np.dtype(HALF), None, group)
 
 
+def mxfp4(kernel):
+    *lead, width = kernel.shape
+    blocks, scales = (array(*lead, width // 8, dtype=jnp.uint32), array(*lead, width // 32, dtype=jnp.uint8))
+    return MXFP4Array(blocks, scales, np.dtype(HALF))
+
+
 def quantised(*sizes, group=None, **options):
     x, ids, weights, experts = operands(*sizes, layout="out_in", **options)
-    return x, ids, weights, each_kernel(functools.partial(int8, group=group), experts)
+    smaller = mxfp4 if group == "mxfp4" else functools.partial(int8, group=group)
+    return x, ids, weights, each_kernel(smaller, experts)
 
 
 LOWERED = {("qwen3", 8), ("gptoss", 32), ("olmoe", 1024), ("mixtral", 128), ("dsv3ep", 16384)}
 
 
-@pytest.mark.parametrize("group", [None, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("group", [None, "mxfp4", pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "model, tokens",
     [
@@ -125,9 +148,10 @@ def test_models_lower(model, tokens, group):
     assert kernels(lowered(named, *call)) == KERNELS
 
 
-@pytest.mark.parametrize("group", [None, 64, pytest.param(256, marks=pytest.mark.slow)])
-def test_a_stack_in_float16_with_a_traced_layer_and_biases_lowers(group):
-    options = dict(dtype=jnp.float16, activation="swiglu_clamped", biases=True, lead=(3,), group=group)
+@pytest.mark.parametrize("group", [None, 64, "mxfp4", pytest.param(256, marks=pytest.mark.slow)])
+def test_a_stack_with_a_traced_layer_and_biases_lowers(group):
+    dtype = HALF if group == "mxfp4" else jnp.float16
+    options = dict(dtype=dtype, activation="swiglu_clamped", biases=True, lead=(3,), group=group)
     for tokens in (8, 300):
         call = quantised(tokens, *MODELS["gptoss"], **options)
         run = lambda *call: named(*call[:-1], layer=call[-1])
@@ -156,6 +180,10 @@ class TestRefusals:
         call = x, ids, weights, dataclasses.replace(experts, down=down)
         self.refused(call, "scales over runs of a flattened matrix are not applied here")
 
+    def test_float16_with_mxfp4(self):
+        call = quantised(*SMALL, dtype=jnp.float16, group="mxfp4")
+        self.refused(call, "MXFP4 kernels are multiplied by bfloat16, got float16")
+
     def test_float32(self):
         call = quantised(*SMALL, dtype=jnp.float32)
         self.refused(call, "x and kernels must both be bfloat16 or both float16, got float32")
@@ -163,8 +191,77 @@ class TestRefusals:
 
 def test_forms_follow_from_the_type():
     w = jnp.ones((2, 4, 256))
-    assert mosaic_weights.form_of(w, "out_in") == mosaic_weights.Plain(transposed=True)
-    assert mosaic_weights.form_of(quantize(w), "out_in") == mosaic_weights.Int8()
-    assert mosaic_weights.form_of(quantize(w, 128), "out_in") == mosaic_weights.Int8Groups(128)
+    assert form_of(random_mxfp4(w), "out_in") == MXFP4()
+    assert form_of(w, "out_in") == Plain(transposed=True)
+    assert form_of(quantize(w), "out_in") == Int8()
+    assert form_of(quantize(w, 128), "out_in") == Int8Groups(128)
     # one group that covers all inputs
-    assert mosaic_weights.form_of(quantize(w, 512), "out_in") == mosaic_weights.Int8()
+    assert form_of(quantize(w, 512), "out_in") == Int8()
+
+
+class Registers:
+    """Runs the few PTX instructions that MXFP4 is widened with, on arrays of 32-bit words."""
+
+    def __init__(self, *operands):
+        self.values = dict(enumerate(np.asarray(value, np.uint32) for value in operands))
+
+    def run(self, code):
+        for line in code.strip("{} ").split(";"):
+            name, *operands = line.replace(",", " ").split() or [""]
+            if name and name != ".reg":
+                target, *sources = [self.name(operand) for operand in operands]
+                self.values[target] = getattr(self, name.partition(".")[0])(*map(self.value, sources))
+        return self.values
+
+    def name(self, operand):
+        return int(operand[1:]) if operand[0] == "$" else operand
+
+    def value(self, operand):
+        return self.values[operand] if operand in self.values else np.uint32(int(operand, 0))
+
+    def prmt(self, a, b, select):
+        pairs = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+        picks = [select >> np.uint32(4 * i) & np.uint32(15) for i in range(4)]
+        assert all((pick < 8).all() for pick in picks)  # 8 and more repeat a sign
+        found = [
+            (pairs >> (8 * pick).astype(np.uint64) & np.uint64(255)) << np.uint64(8 * i) for i, pick in enumerate(picks)
+        ]
+        return sum(found).astype(np.uint32)
+
+    def lop3(self, a, b, c, table):
+        assert table == 0xEA
+        return a & b | c
+
+    def mul(self, a, b):
+        halves = [np.ascontiguousarray(np.broadcast_to(v, np.shape(a))).view(np.uint16).view(BFLOAT16) for v in (a, b)]
+        with np.errstate(all="ignore"):  # the largest scales overflow, the last one is NaN
+            return np.multiply(*halves).view(np.uint32)
+
+    shl = staticmethod(np.left_shift)
+    shr = staticmethod(np.right_shift)
+    add = staticmethod(np.add)
+    max = staticmethod(np.maximum)
+    and_ = staticmethod(np.bitwise_and)
+    or_ = staticmethod(np.bitwise_or)
+
+
+setattr(Registers, "and", Registers.and_)
+setattr(Registers, "or", Registers.or_)
+
+
+def test_the_bits_of_mxfp4():
+    """Every scale with every pair of codes, and what a quad makes of a block."""
+    words = np.random.default_rng(0).integers(0, 1 << 32, (256, 4), dtype=np.uint32)
+    words[:, 0] = np.arange(256) * 0x01010101
+    scales = np.arange(256, dtype=np.uint8)[:, None]
+    power = Registers(0, scales).run(SCALE)[0]
+    want = np.asarray(MXFP4Array(words, scales).dequantize(jnp.bfloat16)).reshape(256, 4, 4, 2)
+    for t in range(4):
+        load = LOAD.partition(";")[2].partition(";")[2]  # but for the declaration and the load itself
+        registers = Registers(0, 0, np.uint32(0x11 * t + 0x40))
+        registers.values |= {name: words[:, j] for j, name in enumerate("abcd")}
+        eight = registers.run(load)[0]
+        four = Registers(0, 0, 0, 0, eight, power[:, 0]).run(WIDEN)
+        got = np.stack([four[j] for j in range(4)], axis=1).view(np.uint16).view(BFLOAT16).reshape(256, 4, 2)
+        np.testing.assert_array_equal(got.view(np.uint16)[:255], want[:, :, t].view(np.uint16)[:255])
+        assert np.isnan(got[255]).all()
