@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
+from ..quantized import is_quantized
 from ..registry import Implementation, Operation
 from . import decode_triton, decode_xla
 
@@ -69,13 +70,14 @@ def decode_attention(
     rotary: Rotary | None = None,
     seen: Seen = Seen(),
     implementation: str | None = None,
-) -> tuple[Float[Array, "B N Hv"], dict[str, Array]]:
+) -> tuple[Float[Array, "B N Hv"], dict[str, Any]]:
     """Attention of one new token per row, which is written to the cache, over itself and the tokens before it.
 
     Args: `q`, `k`, `v` of the new tokens as they come from their products; `cache`: `{"k": [L, B, K, S, H], "v": [L, B,
     K, S, Hv]}`, of which column s holds position s; `lengths`: tokens in the cache, and the new one's position (a row
     with all S columns full computes nonsense and writes nothing); `layer`: the stacks', which may be traced; `scale`
     of the scores; `norm` and then `rotary` are applied to q and k, in float32, rounded to their dtype after each.
+    A stack may be a `QuantizedArray` with a scale for every entry: the new one is quantised, and seen as it is stored.
     `implementation`: `triton` (CUDA, bfloat16 and float16) or `xla`.
     Returns `[B, N, Hv]` in q's dtype and the cache with the new entries, in the same memory where it was donated.
     Raises `ValueError` for shapes that do not fit each other.
@@ -95,7 +97,7 @@ def decode_attention(
         raise ValueError(f"q: shape {q.shape} does not fit keys of shape {k.shape}")
     with jax.named_scope("decode_attention"):
         layer = jnp.asarray(layer, jnp.int32)
-        keys, values = jnp.asarray(cache["k"]), jnp.asarray(cache["v"])
+        keys, values = (w if is_quantized(w) else jnp.asarray(w) for w in (cache["k"], cache["v"]))
         y, keys, values = OPERATION.run(
             implementation, q, k, v, keys, values, lengths, layer, float(scale), norm, rotary, seen
         )

@@ -3,13 +3,15 @@
 import jax
 import jax.numpy as jnp
 
+from ..quantized import dense, is_quantized, quantize
+
 #: Stands for minus infinity in masked scores.
 MASKED = -1e30
 
 
 def decode_attention(q, k, v, keys, values, lengths, layer, scale, norm, rotary, seen):
     """See `decode.decode_attention`."""
-    take = lambda stack: jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+    take = lambda stack: read(stack, layer)
     q, k = (
         prepare(x, None if norm is None else (take(getattr(norm, n)), norm.epsilon), rotary)
         for n, x in (("q", q), ("k", k))
@@ -52,14 +54,24 @@ def prepare(x, norm, rotary):
 
 
 def write(stack, new, layer, lengths):
-    """Each row's new entry at its own column of `stack [L, B, K, S, H]`; a row that is full keeps what it has."""
-    new = new.astype(stack.dtype)
-    if len(new) == 1:
+    """Each row's new entry `[B, K, H]` at its own column of `stack [L, B, K, S, H]`; full rows keep what they have."""
+    new = quantize(new) if is_quantized(stack) else new.astype(stack.dtype)
+    rows = jnp.arange(len(lengths))
+
+    def put(stack, new):
+        if len(new) > 1:
+            return stack.at[layer, rows, :, lengths].set(new, mode="drop", unique_indices=True)
         new, at = new[None, :, :, None], (layer, 0, 0, lengths[0], 0)
         new = jnp.where(lengths[0] < stack.shape[3], new, jax.lax.dynamic_slice(stack, at, new.shape))
         return jax.lax.dynamic_update_slice(stack, new, at)
-    rows = jnp.arange(len(new))
-    return stack.at[layer, rows, :, lengths].set(new, mode="drop", unique_indices=True)
+
+    leaves, structure = jax.tree.flatten(stack)
+    return jax.tree.unflatten(structure, [put(*pair) for pair in zip(leaves, jax.tree.leaves(new), strict=True)])
+
+
+def read(stack, layer):
+    """One layer of a stack, as wide as it stands for."""
+    return dense(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), stack))
 
 
 def first_seen(lengths, seen):
