@@ -1,7 +1,7 @@
 """Programs made for a GPU that nobody here has; shared by the tests of the GPU's kernels."""
 
 import jax
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -9,7 +9,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 def mesh_of(kind=H100):
     """Makes JAX trace for one device of that kind."""
     device = AbstractDevice(device_kind=kind, num_cores=132, platform="cuda")
-    return use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device))
 
 
 def lowered(function, *operands, platform="cuda", kind=H100):

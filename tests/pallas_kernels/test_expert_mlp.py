@@ -14,7 +14,7 @@ from pallas_kernels import ACTIVATIONS, Plan, make_plan, prepare, routed_mlp
 from pallas_kernels.expert_mlp import xla_tiles
 from pallas_kernels.expert_mlp.api import OPERATION
 
-#: Those that run on a CPU at full speed; the others have suites of their own (test_mosaic_gpu).
+#: Those that run on a CPU at full speed; the others have suites of their own (test_mosaic_gpu, test_expert_mlp_row).
 ANYWHERE = [name for name, one in OPERATION.implementations.items() if not one.platform and "interpreted" not in name]
 each = pytest.mark.parametrize("implementation", ANYWHERE)
 BFLOAT16 = ml_dtypes.bfloat16
@@ -306,7 +306,7 @@ def test_prepare_swaps_the_kernels_once():
         (dict(plan=(7, 2)), r"plan: made for ids of shape \(7, 2\), got \(13, 2\)"),
         (
             dict(implementation="cuda"),
-            "'cuda' is no implementation of routed_mlp; there are: mosaic_gpu, xla_tiles, xla_ragged",
+            "'cuda' is no implementation of routed_mlp; there are: triton_row, mosaic_gpu, xla_tiles, xla_ragged",
         ),
         (dict(implementation="cuda", tokens=0), "'cuda' is no implementation of routed_mlp"),
     ],
