@@ -2,6 +2,7 @@
 
     norm + q, k, v -> decode_attention -> o + residual -> norm + router -> route -> experts + residual
 
+Latent attention has the products that take queries into its latents and mixes out of them around its kernel.
 At one token a GPU's time is reading weights and starting kernels. What is not plain enough takes `block`'s own way.
 """
 
@@ -14,6 +15,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import Experts
 from pallas_kernels.attention.decode import QKNorm, Rotary, Seen, decode_attention
+from pallas_kernels.attention.latent import decode_latent_attention
+from pallas_kernels.attention.latent_products import absorb, latent_values
 from pallas_kernels.linear import RMSNorm, linear
 from pallas_kernels.quantized import is_quantized
 
@@ -37,7 +40,8 @@ def step(
     """`block` on one new token per row, where `plain_enough`."""
     rows = x[:, 0]
     with jax.named_scope("attention"):
-        rows, entries = _attention(config, weights, rows, place, span, entries, column)
+        attend = _attention if config.attention.latent is None else _latent_attention
+        rows, entries = attend(config, weights, rows, place, span, entries, column)
     with jax.named_scope("moe" if place.moe else "mlp"):
         rows, choice = _mlp(config, weights, rows, place, routing)
     return rows[:, None], entries, choice
@@ -55,16 +59,19 @@ def plain_enough(config: BlockConfig, x: Any, place: Any, span: Span, entries: A
         and (config.norm.kind, config.norm.place) == ("rms", "pre")
         and config.skip_attention
         and config.residual_scale == 1.0
+        and config.mix is None
         and place.first is None
-        and _plain_attention(attention)
+        and _plain_attention(attention, varying)
         and isinstance(varying.rotary, bool)
         and varying.temperature is None
         and isinstance(varying.score_divisor, (int, float))
     )
 
 
-def _plain_attention(config: AttentionConfig) -> bool:
-    odd = config.alibi or config.norm_after_rope or config.latent is not None or config.clip is not None
+def _plain_attention(config: AttentionConfig, varying: Varying) -> bool:
+    odd = config.alibi or config.norm_after_rope or config.clip is not None
+    if config.latent is not None:
+        odd = odd or config.sinks or (varying.window, varying.chunk) != (None, None)
     return config.causal and not odd and config.qk_norm in (None, "head", "full")
 
 
@@ -91,8 +98,42 @@ def _attention(
         rotary=_rotary(a, span, place.varying),
         seen=Seen(window=place.varying.window, chunk=place.varying.chunk, sinks=own.get("sinks")),
     )
-    given = dict(layer=place.layer, biases=[own.get("o_bias")], residual=rows)
-    return linear(mixed.reshape(batch, -1), [_outputs(own["o"])], **given)[0], entries
+    return _project_out(own, mixed, place.layer, rows), entries
+
+
+def _latent_attention(
+    config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, span: Span, entries: Any, column: Any
+):
+    """`_attention` in DeepSeek's absorbed form, see `attention._latent_mix`."""
+    own, a, layer = weights["attention"], config.attention, place.layer
+    batch, latent = rows.shape[0], a.latent
+    norm = RMSNorm(weights["attention_norm"]["scale"], config.norm.epsilon, layer)
+    names = "q" if latent.query_rank is None else "q_down", "kv_down"
+    biases = [own.get(f"{name}_bias") for name in names]
+    q, new = linear(rows, [_matrices(own[name]) for name in names], layer=layer, norm=norm, biases=biases)
+    if latent.query_rank is not None:
+        norm = RMSNorm(own["q_latent_norm"], latent.norm_epsilon, layer)
+        (q,) = linear(q, [_matrices(own["q_up"])], layer=layer, norm=norm)
+    q = q.reshape(batch, a.num_heads, -1)
+    mixed, entries = decode_latent_attention(
+        absorb(q, own["kv_up"], latent.plain_dim, layer=layer),
+        q,
+        new,
+        entries,
+        jnp.broadcast_to(column, (batch,)),
+        layer=layer,
+        scale=a.scale / place.varying.score_divisor,
+        norm=RMSNorm(own["kv_latent_norm"], latent.norm_epsilon, layer),
+        rotary=Rotary(*(t[:, 0] for t in span.turn), a.rope.interleaved),
+    )
+    values = latent_values(mixed, own["kv_up"], latent.plain_dim, layer=layer)
+    return _project_out(own, values, layer, rows), entries
+
+
+def _project_out(weights: Weights, mixed: jax.Array, layer: Any, residual: jax.Array) -> jax.Array:
+    """The output projection of heads `[B, N, Hv]`, with its bias and residual."""
+    given = dict(layer=layer, biases=[weights.get("o_bias")], residual=residual)
+    return linear(mixed.reshape(len(mixed), -1), [_outputs(weights["o"])], **given)[0]
 
 
 def _rotary(config: AttentionConfig, span: Span, varying: Varying) -> Rotary | None:

@@ -54,15 +54,19 @@ def prepare(x, norm, rotary):
 
 
 def write(stack, new, layer, lengths):
-    """Each row's new entry `[B, K, H]` at its own column of `stack [L, B, K, S, H]`; full rows keep what they have."""
+    """Each row's new entry `[B, K, H]` at its own column of `stack [L, B, K, S, H]`; full rows keep what they have.
+
+    Entries and stack may lack the axis of heads; one that is made up for them costs a copy of the stack.
+    """
     new = quantize(new) if is_quantized(stack) else new.astype(stack.dtype)
-    rows = jnp.arange(len(lengths))
+    rows, heads = jnp.arange(len(lengths)), stack.ndim - 4
 
     def put(stack, new):
         if len(new) > 1:
-            return stack.at[layer, rows, :, lengths].set(new, mode="drop", unique_indices=True)
-        new, at = new[None, :, :, None], (layer, 0, 0, lengths[0], 0)
-        new = jnp.where(lengths[0] < stack.shape[3], new, jax.lax.dynamic_slice(stack, at, new.shape))
+            at = layer, rows, *[slice(None)] * heads, lengths
+            return stack.at[at].set(new, mode="drop", unique_indices=True)
+        new, at = jnp.expand_dims(new[None], -2), (layer, 0, *[0] * heads, lengths[0], 0)
+        new = jnp.where(lengths[0] < stack.shape[-2], new, jax.lax.dynamic_slice(stack, at, new.shape))
         return jax.lax.dynamic_update_slice(stack, new, at)
 
     leaves, structure = jax.tree.flatten(stack)
