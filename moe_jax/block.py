@@ -59,10 +59,10 @@ def block(
     x: Float[Array, "B T D"],
     place: Place,
     span: Span,
-    entries: dict[str, Array] | None,
+    entries: dict[str, Any] | None,
     column: Any,
     routing: "RoutingRequest",
-) -> tuple[Float[Array, "B T D"], dict[str, Array] | None, Choice | None]:
+) -> tuple[Float[Array, "B T D"], dict[str, Any] | None, Choice | None]:
     """One layer: attention and MLP, each with its norm and residual.
 
     `entries`: the cache's stacks, written at `column` (see `write_entries`) and read back; None attends to the new

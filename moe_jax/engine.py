@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +53,15 @@ class Request:
 class Sizes:
     """What the programs of a run are compiled for.
 
-    `capacity`: columns of the cache; `room` for new tokens; `rows` and `columns` of a prompt that run at once.
+    `capacity`: columns of the cache; `room` for new tokens; `rows` and `columns` of a prompt that run at once;
+    `cache`: what the cache is stored as, see `make_cache`.
     """
 
     capacity: int
     room: int
     rows: int
     columns: int
+    cache: Literal["int8"] | None = None
 
 
 #: About so many bytes of what layers make of a prompt's tokens are held at once.
@@ -92,7 +95,7 @@ def prefill(architecture, sizes, record, weights, ids, lengths, forced, request)
     record = record and bool(architecture.moe_layers)
     dtype = weights["embedding"].dtype
     carry = (
-        make_cache(architecture, rows, sizes.capacity, dtype).entries,
+        make_cache(architecture, rows, sizes.capacity, dtype, sizes.cache).entries,
         jnp.zeros((rows, architecture.block.width), dtype),
         _no_experts(architecture, rows, width) if record else None,
     )

@@ -33,10 +33,10 @@ def step(
     x: Float[Array, "B 1 D"],
     place: Place,
     span: Span,
-    entries: dict[str, Array],
+    entries: dict[str, Any],
     column: Any,
     routing: RoutingRequest,
-) -> tuple[Float[Array, "B 1 D"], dict[str, Array], Choice | None]:
+) -> tuple[Float[Array, "B 1 D"], dict[str, Any], Choice | None]:
     """`block` on one new token per row, where `plain_enough`."""
     rows = x[:, 0]
     with jax.named_scope("attention"):

@@ -39,13 +39,16 @@ def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, temperatu
     parser.add_argument("--min-p", type=float, metavar="P", help="only those P times as likely as the likeliest")
     penalty = f"1 is none; unset: {_DEMO_PENALTY} for the demo model, which loops without, 1 for others"
     parser.add_argument("--repetition-penalty", type=float, metavar="R", help=penalty)
+    parser.add_argument(
+        "--kv-cache-dtype", choices=["int8"], help="keys and values in int8: half the memory, a little accuracy"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampler")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
 
 
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments for `stream_text` from parsed options."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "kv_cache_dtype")
     given = {name: getattr(options, name) for name in names}
     if given["repetition_penalty"] is None:
         given["repetition_penalty"] = _DEMO_PENALTY if options.model is None else 1.0
