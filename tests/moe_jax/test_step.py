@@ -24,9 +24,6 @@ ROWS, COLUMNS = 3, 24
 LENGTHS = jnp.array([0, 5, 22], jnp.int32)
 #: What keeps a family's layers out of `step`.
 OTHERS = {
-    "deepseek_v2": "latent attention",
-    "deepseek_v3": "latent attention",
-    "kimi_k2": "latent attention",
     "deepspeed_moe": "layer norms and ALiBi",
     "flex_olmo": "norms behind the sublayers",
     "granitemoe": "scaled residuals",

@@ -105,6 +105,6 @@ def test_a_long_cache_is_split():
 
 
 def test_what_is_not_plain_enough_still_takes_the_experts_kernels():
-    architecture, text = program("deepseek-v2-lite", 1)
+    architecture, text = program("phi-3.5-moe-instruct", 1)
     assert {"moe_jax_expert_up_row", "moe_jax_expert_down_row"} <= kernels(text)
     assert "moe_jax_attention_decode" not in kernels(text) and of_experts(architecture, text) == set()
