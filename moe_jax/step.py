@@ -124,7 +124,7 @@ def _latent_attention(
         layer=layer,
         scale=a.scale / place.varying.score_divisor,
         norm=RMSNorm(own["kv_latent_norm"], latent.norm_epsilon, layer),
-        rotary=Rotary(*(t[:, 0] for t in span.turn), a.rope.interleaved),
+        rotary=_rotary(a, span, Varying()),  # always
     )
     values = latent_values(mixed, own["kv_up"], latent.plain_dim, layer=layer)
     return _project_out(own, values, layer, rows), entries

@@ -88,7 +88,7 @@ def moe_jax_attention_latent(layer_ref, lengths, absorbed_ref, q_ref, new_ref, o
     del old  # the same memory as the outputs
     stored = given.structure.num_leaves
     latents, rotaries = jax.tree.unflatten(given.structure, outs[-stored:])
-    heads, rank, turned = *absorbed_ref.shape[1:], rotaries.shape[-1]
+    (_, heads, rank), turned = absorbed_ref.shape, rotaries.shape[-1]
     program, split = lax.div(pl.program_id(0), _I32(given.splits)), lax.rem(pl.program_id(0), _I32(given.splits))
     blocks = pl.cdiv(heads, given.heads)
     batch, block = lax.div(program, _I32(blocks)), lax.rem(program, _I32(blocks))
