@@ -132,7 +132,7 @@ def test_stream_takes_what_generate_takes():
     with pytest.raises(ValueError, match="max_new_tokens: True"):
         stream(golden_model("mixtral"), ids, mask, max_new_tokens=True)
     names = set(inspect.signature(generate).parameters) - {"model", "input_ids", "attention_mask", "return_record"}
-    assert names == {*options, "top_p", "min_p", "repetition_penalty", "routing"}
+    assert names == {*options, "top_p", "min_p", "repetition_penalty", "routing", "kv_cache_dtype"}
 
 
 def test_draws_do_not_depend_on_the_other_rows():
