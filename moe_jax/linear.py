@@ -1,22 +1,18 @@
 """The linear map, over kernels stored output first."""
 
-import math
-
 import jax
 from jaxtyping import Array, Float
 
-from pallas_kernels.quantized import QuantizedArray, dense
+from pallas_kernels.linear import linear as products
+from pallas_kernels.quantized import Quantized, dense, is_quantized
 
 
-def linear(x: Float[Array, "*G D"], kernel: Array | QuantizedArray, bias: Array | None = None) -> jax.Array:
-    """`x [..., D]` times `kernel [*out, D]` plus `bias [*out]`: `[..., *out]` in x's dtype.
-
-    Of all spellings those that XLA runs fastest on a CPU: one row as `row @ kernel.T`, which is fused with the slice
-    that took a layer's kernel out of its stack, so that decoding reads each weight once; more rows with the kernel as
-    the left operand (docs/decisions.md).
-    """
+def linear(x: Float[Array, "*G D"], kernel: Array | Quantized, bias: Array | None = None) -> jax.Array:
+    """`x [..., D]` times `kernel [*out, D]` plus `bias [*out]`: `[..., *out]` in x's dtype."""
     *out, width = kernel.shape
-    rows, matrix = x.reshape(-1, width), dense(kernel, x.dtype).reshape(math.prod(out), width)
-    y = rows @ matrix.T if len(rows) == 1 else (matrix @ rows.T).T
+    if is_quantized(kernel) and kernel.runs:  # scales that cross rows
+        kernel = dense(kernel, x.dtype)
+    matrix = jax.tree.map(lambda w: w.reshape(-1, w.shape[-1]), kernel)
+    (y,) = products(x.reshape(-1, width), [matrix])
     y = y.reshape(*x.shape[:-1], *out)
     return y if bias is None else y + bias

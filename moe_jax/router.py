@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from pallas_kernels.dims import Array as AnyArray
+from pallas_kernels.linear import linear
 
 from .block_config import RouterConfig
 from .gating import gate, top1_gating, top2_gating, topk_gating
@@ -29,9 +30,8 @@ def choose(
     `weights`: `router [E, D]`, and where the config has them `router_bias` and `selection_bias` `[E]`. The product
     accumulates in float32 whatever the dtype of `rows`. `real`: false for padding, which takes no expert.
     """
-    logits = jnp.matmul(rows, weights["router"].T, preferred_element_type=jnp.float32)
-    if config.logit_bias:
-        logits = logits + weights["router_bias"].astype(jnp.float32)
+    biases = [weights["router_bias"]] if config.logit_bias else None
+    (logits,) = linear(rows, [weights["router"]], biases=biases, dtype=jnp.float32)
     return logits, *choose_by(config, logits, weights.get("selection_bias"), forced, real)
 
 

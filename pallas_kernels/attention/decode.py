@@ -95,6 +95,10 @@ def decode_attention(
             raise ValueError(f"cache: {name} of shape {stack.shape}, expected [L, B, K, S, H] for new {new.shape}")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q: shape {q.shape} does not fit keys of shape {k.shape}")
+    if k.shape[:2] != v.shape[:2] or cache["k"].shape[3] != cache["v"].shape[3]:
+        raise ValueError(f"v: new {v.shape} and cached {cache['v'].shape} beside k {k.shape} and {cache['k'].shape}")
+    if rotary is not None and 2 * rotary.cos.shape[-1] > q.shape[2]:
+        raise ValueError(f"rotary: {2 * rotary.cos.shape[-1]} components of heads of {q.shape[2]}")
     with jax.named_scope("decode_attention"):
         layer = jnp.asarray(layer, jnp.int32)
         keys, values = (w if is_quantized(w) else jnp.asarray(w) for w in (cache["k"], cache["v"]))

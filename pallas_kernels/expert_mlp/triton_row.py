@@ -127,7 +127,7 @@ def moe_jax_expert_down_row(layer, hidden, ids, weights, down, bias, residual, o
 def _load_row(ref, row, column, there):
     at = ref.at[jnp.full(column.shape, row, jnp.int32), column]
     mask = {} if there is None else dict(mask=there, other=0.0)
-    return pltriton.load(at, **mask).astype(jnp.float32)
+    return pltriton.load(at, **mask).astype(jnp.float32)[None, :]
 
 
 def _load_bias(bias, matrix, row):

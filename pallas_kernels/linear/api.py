@@ -1,6 +1,7 @@
 """The linear map behind a norm: signature, checks and choice of implementation."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +13,37 @@ from ..dims import Array as AnyArray
 from ..registry import Implementation, Operation
 from . import triton_row, triton_rows, xla
 
+
+def _with_gradient(run):
+    """`run`, with the derivatives of XLA's products."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+    def differentiable(x, kernels, layer, norm, biases, residual, dtype, normed):
+        return run(x, kernels, layer, norm, biases, residual, dtype, normed)
+
+    def forward(x, kernels, layer, norm, biases, residual, dtype, normed):
+        given = x, kernels, layer, norm, biases, residual
+        return run(*given, dtype, normed), given
+
+    def backward(dtype, normed, given, cotangents):
+        return jax.vjp(lambda *given: xla.linear(*given, dtype, normed), *given)[1](cotangents)
+
+    differentiable.defvjp(forward, backward)
+    return differentiable
+
+
 OPERATION = Operation(
     "linear",
     {
-        "triton_row": Implementation(triton_row.linear, triton_row.refuse, platform="cuda"),
-        "triton_rows": Implementation(triton_rows.linear, triton_rows.refuse, platform="cuda"),
+        "triton_row": Implementation(_with_gradient(triton_row.linear), triton_row.refuse, platform="cuda"),
+        "triton_rows": Implementation(_with_gradient(triton_rows.linear), triton_rows.refuse, platform="cuda"),
         "xla": Implementation(xla.linear),
-        "triton_row_interpreted": Implementation(triton_row.interpreted, triton_row.refuse, by_choice=False),
-        "triton_rows_interpreted": Implementation(triton_rows.interpreted, triton_rows.refuse, by_choice=False),
+        "triton_row_interpreted": Implementation(
+            _with_gradient(triton_row.interpreted), triton_row.refuse, by_choice=False
+        ),
+        "triton_rows_interpreted": Implementation(
+            _with_gradient(triton_rows.interpreted), triton_rows.refuse, by_choice=False
+        ),
     },
 )
 
@@ -50,12 +74,12 @@ def linear(
 
     Args: `x` `[G, K]`; `kernels` arrays or `QuantizedArray`s `[N, K]`, the contraction last, or stacks `[L, N, K]` of
     which the integer `layer` is taken, which may be traced (a stack is never sliced where that would copy it); `norm`
-    of x; `biases` `[N]` or `[L, N]`, or None for each; `residual` `[G, N]` is
-    added to the only product; `dtype` of the products, x's for None; `normed`: also return `norm(x)`, in x's dtype.
-    `implementation`: `triton_row` (CUDA, one row), `triton_rows` (CUDA, up to 64), both for bfloat16, float16 or int8
-    kernels, or `xla`.
-    Returns the products `[G, N]` in the order of their kernels, then the normed rows if asked for. Sums are formed in
-    float32. Raises `ValueError` for shapes that do not fit each other.
+    of x; `biases` `[N]` or `[L, N]`, or None for each; `residual` `[G, N]` is added to the only product; `dtype` of the
+    products, x's for None; `normed`: also return `norm(x)` in that of x. `implementation`: `triton_row` (CUDA, one row;
+    kernels in bfloat16, float16, int8 or MXFP4), `triton_rows` (CUDA, up to 64 rows, 1024 for small kernels; bfloat16,
+    float16 or int8) or `xla`. All are differentiable.
+    Returns the products `[G, N]` in the order of their kernels, then the normed rows if asked for; sums are formed in
+    float32. Raises `ValueError` for shapes and dtypes that do not fit each other.
 
     >>> import jax.numpy as jnp
     >>> eye = 2 * jnp.eye(3)
@@ -64,6 +88,8 @@ def linear(
     [[[3.464101552963257]], [[1.7320507764816284, 0.0, 0.0]]]
     """
     x = jnp.asarray(x)
+    if not kernels:
+        raise ValueError("kernels: none are given")
     axes, width = (2 if layer is None else 3), x.shape[-1]
     for i, kernel in enumerate(kernels):
         if kernel.ndim != axes or kernel.shape[-1] != width:
@@ -76,6 +102,8 @@ def linear(
         raise ValueError(f"norm: scale of shape {norm.scale.shape} for x of {x.shape}, layer {norm.layer}")
     if residual is not None and (len(kernels) > 1 or residual.shape != (x.shape[0], kernels[0].shape[-2])):
         raise ValueError(f"residual: shape {residual.shape} beside kernels {[k.shape for k in kernels]}")
+    if residual is not None and residual.dtype != (dtype or x.dtype):
+        raise ValueError(f"residual: dtype {residual.dtype}, expected the products', {jnp.dtype(dtype or x.dtype)}")
     if biases is not None and all(bias is None for bias in biases):
         biases = None
     with jax.named_scope("linear"):

@@ -13,10 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import stored
 
-#: Most rows of a kernel per program, inputs read at once, warps: the best on an H100 (docs/benchmarks.md).
+#: Most rows of a kernel per program, inputs read at once, most warps: the best on an H100 (docs/benchmarks.md).
 ROWS, STEP, WARPS = 4, 2048, 4
 _PROGRAMS = 256  # at least, where a kernel has so many rows
 
@@ -44,7 +45,8 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, interpre
     programs = [pl.cdiv(size, per_program) for size, per_program in zip(sizes, rows, strict=True)]
     kernel = functools.partial(moe_jax_linear_row, rows=rows, programs=programs, normed=normed)
     operands = _index(layer), x, kernels, norm, biases, residual
-    return call_triton(kernel, "moe_jax_linear_row", sum(programs) + normed, outputs, WARPS, interpret, operands)
+    warps = WARPS // 2 if x.shape[1] <= STEP and not any(map(is_quantized, kernels)) else WARPS
+    return call_triton(kernel, "moe_jax_linear_row", sum(programs) + normed, outputs, warps, interpret, operands)
 
 
 def _index(layer):
@@ -71,7 +73,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
                 y += pltriton.load(bias.at[jnp.full(row.shape, layer, jnp.int32), row]).astype(jnp.float32)
             if residual is not None:
                 # rounded first, as a product by itself would be
-                y = y.astype(x_ref.dtype).astype(jnp.float32)
+                y = y.astype(out.dtype).astype(jnp.float32)
                 y += pltriton.load(residual.at[jnp.zeros_like(row), row]).astype(jnp.float32)
             pltriton.store(out.at[jnp.zeros_like(row), target], y.astype(out.dtype), mask=target < size)
 
@@ -82,7 +84,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
         def _():
             share = factor()
             for column, there in _pieces(x_ref.shape[1]):
-                y = (load(column, there) * share).astype(x_ref.dtype)
+                y = (load(column, there)[0] * share).astype(x_ref.dtype)
                 pltriton.store(outs[-1].at[jnp.zeros_like(column), column], y, mask=there)
 
 
@@ -95,10 +97,10 @@ def _normed(x_ref, norm):
     def load(column, there, scaled=norm is not None):
         mask = {} if there is None else dict(mask=there, other=0.0)
         x = pltriton.load(x_ref.at[jnp.zeros_like(column), column], **mask).astype(jnp.float32)
-        if not scaled:
-            return x
-        at = norm.scale.at[jnp.full(column.shape, norm.layer[0], jnp.int32), column]
-        return x * pltriton.load(at, **mask).astype(jnp.float32)
+        if scaled:
+            at = norm.scale.at[jnp.full(column.shape, norm.layer[0], jnp.int32), column]
+            x *= pltriton.load(at, **mask).astype(jnp.float32)
+        return x[None, :]
 
     def factor():
         if norm is None:

@@ -13,13 +13,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ..mxfp4 import MXFP4Array
 from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import stored, xla
 
-#: Rows of x up to which reading the weights is all the time there is.
-MAX_ROWS = 64
-_LEAST = 16  # rows of a product on tensor cores
+#: Rows of x up to which reading the weights is all the time there is; and for small kernels (routers): products by XLA
+#: with few columns and a long contraction end the process for some shapes (docs/decisions.md).
+MAX_ROWS, MAX_ROWS_SMALL, SMALL = 64, 1024, 512
+_LEAST, _TOGETHER = 16, 64  # rows of a product on tensor cores; rows of x of a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,15 @@ class Tile:
 def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | None:
     """Why these kernels cannot serve the call; None if they can."""
     del layer, norm, biases, residual, dtype, normed
-    if not 0 < x.shape[0] <= MAX_ROWS:
-        return f"{x.shape[0]} rows of x, at most {MAX_ROWS}"
+    most = MAX_ROWS_SMALL if all(kernel.shape[-2] <= SMALL for kernel in kernels) else MAX_ROWS
+    if not 0 < x.shape[0] <= most:
+        return f"{x.shape[0]} rows of x, at most {most}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x of {x.dtype}, only bfloat16 and float16"
     if any(not is_quantized(kernel) and kernel.dtype != x.dtype for kernel in kernels):
         return f"kernels of another dtype than x's, {x.dtype}"
+    if any(isinstance(kernel, MXFP4Array) for kernel in kernels):
+        return "kernels in MXFP4"
     return next(filter(None, map(stored.refuse, kernels)), None)
 
 
@@ -55,7 +60,8 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, tile=Til
     programs = [pl.cdiv(size, tile.rows) for size in sizes]
     kernel = functools.partial(moe_jax_linear_rows, programs=programs, tile=tile)
     operands = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1), x, kernels, biases, residual
-    call = functools.partial(call_triton, kernel, "moe_jax_linear_rows", sum(programs), outputs, tile.warps, interpret)
+    grid = sum(programs) * pl.cdiv(x.shape[0], _TOGETHER)
+    call = functools.partial(call_triton, kernel, "moe_jax_linear_rows", grid, outputs, tile.warps, interpret)
     return call(operands, stages=tile.stages) + [x] * normed
 
 
@@ -63,9 +69,11 @@ interpreted = functools.partial(linear, interpret=True)
 
 
 def moe_jax_linear_rows(layer_ref, x_ref, kernels, biases, residual, *outs, programs, tile):
-    """One program: `tile.rows` outputs of one of the kernels, for all rows of x."""
-    layer, program, count = layer_ref[0], pl.program_id(0), x_ref.shape[0]
-    token = lax.iota(jnp.int32, max(_LEAST, pl.next_power_of_2(count)))
+    """One program: `tile.rows` outputs of one of the kernels, for all rows of x or `_TOGETHER` of them."""
+    layer, count, every = layer_ref[0], x_ref.shape[0], jnp.int32(sum(programs))
+    program = lax.rem(pl.program_id(0), every)
+    token = lax.iota(jnp.int32, min(_TOGETHER, max(_LEAST, pl.next_power_of_2(count))))
+    token += lax.div(pl.program_id(0), every) * _TOGETHER
     first = 0
     for i, kernel in enumerate(kernels):
 
@@ -80,7 +88,7 @@ def moe_jax_linear_rows(layer_ref, x_ref, kernels, biases, residual, *outs, prog
             if bias is not None:
                 y += pltriton.load(bias.at[jnp.full(row.shape, layer, jnp.int32), row]).astype(jnp.float32)[None, :]
             if residual is not None:
-                y = y.astype(x_ref.dtype).astype(jnp.float32)
+                y = y.astype(out.dtype).astype(jnp.float32)
                 y += pltriton.load(residual.at[at], mask=mask, other=0.0).astype(jnp.float32)
             pltriton.store(out.at[at], y.astype(out.dtype), mask=mask)
 

@@ -21,7 +21,7 @@ from moe_jax.sampling import make_sampler
 from moe_jax.weights import nested, parameters
 
 sys.path.append(str(Path(__file__).parents[1] / "pallas_kernels"))
-from cuda import mesh_of  # noqa: E402
+from cuda import mesh_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 COLUMNS = 24

@@ -204,7 +204,7 @@ REFUSED = {
     "x in float32": (1, dict(dtype=np.float32), ROWS, "x of float32, only bfloat16 and float16"),
     "two rows": (2, {}, ROWS[:1], "2 rows of x, only one"),
     "no rows": (0, {}, ROWS, "0 rows of x"),
-    "65 rows": (65, {}, ROWS, "65 rows of x"),
+    "1025 rows": (1025, {}, ROWS, "1025 rows of x"),
     "kernels in float32": (1, dict(kernel=lambda k: k.astype(np.float32)), ROWS, "kernels of "),
     "kernels of another type": (2, dict(kernel=lambda k: k.astype(np.float16)), ROWS[1:], "another dtype than x's"),
     "groups of 48": (1, dict(kernel=lambda k: quantize(k, 48)), ROWS, "groups of 48 of 96 inputs"),

@@ -94,19 +94,20 @@ def test_in_float16_of_one_kernel_and_with_64_bit_types():
 
 
 def test_what_is_chosen():
-    def chosen(platform, rows, dtype=HALF):
-        x, kernel = array(rows, 64, dtype=dtype), array(8, 64, dtype=dtype)
+    def chosen(platform, rows, dtype=HALF, size=1024):
+        x, kernel = array(rows, 64, dtype=dtype), array(size, 64, dtype=dtype)
         return OPERATION.chosen(platform, x, [kernel], None, None, None, None, None, False)
 
     rows = (1, 2, 64, 65)
     assert [chosen("cuda", n) for n in rows] == ["triton_row", "triton_rows", "triton_rows", "xla"]
+    assert [chosen("cuda", n, size=128) for n in (1024, 1025)] == ["triton_rows", "xla"]
     assert {chosen("cuda", n, jnp.float32) for n in rows} == {"xla"}
     assert {chosen(platform, n) for n in rows for platform in ("cpu", "tpu")} == {"xla"}
 
 
 def test_other_programs_hold_no_kernel():
     assert not held(text(*operands(1, 2, 64, (8,)), platform="cpu"))
-    assert not held(text(*operands(65, 2, 64, (8,))))
+    assert not held(text(*operands(65, 2, 64, (1024,))))
     with mesh_of():
         traced = jax.jit(lambda arrays: linear(**arrays)).trace(operands(1, 2, 64, (8,))[0])
         texts = [traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cuda", "cpu")]
