@@ -1,6 +1,7 @@
 """The decoder as a pure function: embedding, layers that share compiled bodies, final norm, logits."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,7 @@ def decode(
     counts = iter(architecture.expert_counts)
     kinds = tuple(next(counts) if layer.moe else 0 for layer in architecture.layers)
 
-    def run(carry, segment, turn):
+    def run(carry, turn, segment):
         x, entries, notes = carry
         for offset in range(len(segment.experts)):
             place = _place(architecture, kinds, segment, turn, offset)
@@ -130,10 +131,10 @@ def decode(
     carry = (x, entries, notes)
     for segment in segments(kinds):
         if segment.repeats == 1:
-            carry = run(carry, segment, 0)
+            carry = run(carry, 0, segment)
         else:
             few = cache is not None and ids.shape[1] == 1
-            carry = _repeat(lambda c, turn, s=segment: run(c, s, turn), segment.repeats, carry, few)
+            carry = _repeat(functools.partial(run, segment=segment), segment.repeats, carry, few)
     x, entries, notes = carry
     if cache is not None:
         cache = dataclasses.replace(cache, entries=entries)

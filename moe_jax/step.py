@@ -177,8 +177,8 @@ def _dense(config: MLPConfig, weights: Weights, rows: jax.Array, layer: Any, nor
     """A dense MLP on rows `[B, D]`, its norm before it and `residual` added to it."""
     names = ("gate", "up") if config.activation.gated else ("up",)
     biases = [weights.get(f"{name}_bias") for name in names]
-    hidden = linear(rows, [weights[name] for name in names], layer=layer, norm=norm, biases=biases)
-    hidden = config.activation(hidden[0] if len(hidden) == 2 else None, hidden[-1])
+    *gate, up = linear(rows, [weights[name] for name in names], layer=layer, norm=norm, biases=biases)
+    hidden = config.activation(gate[0] if gate else None, up)
     given = dict(layer=layer, biases=[weights.get("down_bias")], residual=residual)
     return linear(hidden, [weights["down"]], **given)[0]
 

@@ -39,7 +39,7 @@ class _Refs:
 
 
 def block(product, sizes, x, *refs, x_s, w_s, out_s, full, free, rows, wide_s):
-    (*plan_and_layer, out), others = (*refs[:4], refs[-1]), refs[4:-1]
+    plan_and_layer, others, out = refs[:4], refs[4:-1], refs[-1]
     biases, others = others[: sizes.biases], others[sizes.biases :]
     kernels = [others[n * sizes.arrays : (n + 1) * sizes.arrays] for n in range(sizes.kernels)]
     refs = _Refs(x, *plan_and_layer, biases, kernels, out, x_s, w_s, out_s, full, free, rows, wide_s)
