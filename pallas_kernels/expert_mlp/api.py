@@ -77,8 +77,10 @@ def routed_mlp(
     if layer is not None and not isinstance(layer, jax.core.Tracer) and not 0 <= layer < experts.up.shape[0]:
         raise ValueError(f"layer: {layer} of {experts.up.shape[0]} layers")
     OPERATION.check(implementation)
-    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"residual: {residual.dtype}{residual.shape}, expected those of x, {x.dtype}{x.shape}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: shape {residual.shape}, expected that of x, {x.shape}")
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(f"residual: dtype {residual.dtype}, expected that of x, {x.dtype}")
     if ids.size == 0:
         return jnp.zeros_like(x) if residual is None else jnp.asarray(residual)
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
