@@ -47,7 +47,7 @@ def step_of(width: int, most: int) -> int:
     """Columns that are read at once, a power of two up to `most`, so that not many lie beyond `width`.
 
     >>> [step_of(width, 2048) for width in (2048, 2880, 768, 7168, 4096)]
-    [2048, 1024, 1024, 1024, 2048]
+    [2048, 1024, 1024, 2048, 2048]
     """
     step = min(most, pl.next_power_of_2(width))
     while step > 256 and math.ceil(width / step) * step > 1.4 * width:
