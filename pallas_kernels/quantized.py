@@ -1,10 +1,7 @@
 """Weights that are stored smaller than they are: what they have in common, and `QuantizedArray`, which is int8."""
 
 import dataclasses
-import functools
 import math
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,13 +30,6 @@ class Quantized:
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array that this stands for, `[...]` in `dtype` (None: its own)."""
         raise NotImplementedError
-
-    def parts(self, dtype: Any = None) -> list[tuple[slice, jax.Array]]:
-        """The array in pieces `[..., part of in]`, each behind the inputs that it covers; products with them add up.
-
-        For forms whose neighbours are stored apart: interleaving them takes longer than the product.
-        """
-        return [(slice(None), self.dequantize(dtype))]
 
     @property
     def runs(self) -> bool:
@@ -147,19 +137,6 @@ def dense(w: Any, dtype: Any = None) -> Any:
     Callers take what they need first (one layer, one expert, some rows), so that no stack is ever widened.
     """
     return w.dequantize(dtype) if is_quantized(w) else w
-
-
-def product(w: Any, x: jax.Array, axis: int, multiply: Callable[[Any, jax.Array], jax.Array]) -> jax.Array:
-    """`multiply(kernel, x)`, which contracts the last axis of the kernel `w` with `axis` of `x`, in x's dtype.
-
-    >>> w = quantize(jnp.array([[1.0, 2.0]]))
-    >>> product(w, jnp.array([3.0, 4.0]), 0, jnp.matmul).round(1).tolist()
-    [11.0]
-    """
-    if not is_quantized(w):
-        return multiply(w, x)
-    before = (slice(None),) * (axis % x.ndim)
-    return functools.reduce(operator.add, (multiply(part, x[(*before, of)]) for of, part in w.parts(x.dtype)))
 
 
 def quantize(w: AnyArray, group_size: int | None = None, inputs: int = 1) -> QuantizedArray:

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..quantized import dense, is_quantized, quantize
-
-#: Stands for minus infinity in masked scores.
-MASKED = -1e30
+from .xla import MASKED, grouped_mix, grouped_scores, softmax, visible
 
 
 def decode_attention(q, k, v, keys, values, lengths, layer, scale, norm, rotary, seen):
@@ -18,17 +16,11 @@ def decode_attention(q, k, v, keys, values, lengths, layer, scale, norm, rotary,
     )
     keys, values = (write(stack, new, layer, lengths) for stack, new in ((keys, k), (values, v)))
     mine, theirs = take(keys), take(values)
-    batch, heads, head = q.shape
-    scores = jnp.einsum(
-        "bkgh,bksh->bkgs", q.reshape(batch, k.shape[1], -1, head), mine, preferred_element_type=jnp.float32
-    )
-    scores = scores.reshape(batch, heads, -1) * scale
-    column = jnp.arange(mine.shape[2])
-    visible = (column <= lengths[:, None]) & (column >= first_seen(lengths, seen)[:, None])
-    scores = jnp.where(visible[:, None], scores, MASKED)
-    chances = softmax(scores, None if seen.sinks is None else take(seen.sinks))
-    chances = chances.astype(v.dtype).reshape(batch, k.shape[1], -1, column.size)
-    return jnp.einsum("bkgs,bksv->bkgv", chances, theirs).reshape(batch, heads, -1).astype(q.dtype), keys, values
+    column = jnp.arange(mine.shape[2], dtype=jnp.int32)
+    mask = visible(lengths[:, None], column[None], seen.window, seen.chunk)
+    scores = jnp.where(mask[:, None], grouped_scores(q[:, None], mine) * scale, MASKED)
+    mixed = grouped_mix(softmax(scores, None if seen.sinks is None else take(seen.sinks)), theirs)
+    return mixed[:, 0].astype(q.dtype), keys, values
 
 
 def prepare(x, norm, rotary):
@@ -76,23 +68,3 @@ def write(stack, new, layer, lengths):
 def read(stack, layer):
     """One layer of a stack, as wide as it stands for."""
     return dense(jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), stack))
-
-
-def first_seen(lengths, seen):
-    """The first column that a token at position `lengths` sees."""
-    first = jnp.zeros_like(lengths)
-    if seen.window is not None:
-        first = jnp.maximum(first, lengths - (seen.window - 1))
-    if seen.chunk is not None:
-        first = jnp.maximum(first, lengths // seen.chunk * seen.chunk)
-    return first
-
-
-def softmax(scores, sinks):
-    """Over the last axis of `[B, N, S]`, with the share of `sinks [N]` left out."""
-    if sinks is None:
-        return jax.nn.softmax(scores, axis=-1)
-    sinks = sinks.astype(jnp.float32)[:, None]
-    top = jnp.maximum(scores.max(-1, keepdims=True), sinks)
-    powers = jnp.exp(scores - top)
-    return powers / (powers.sum(-1, keepdims=True) + jnp.exp(sinks - top))

@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 
-from .decode_xla import MASKED, prepare, read, softmax, write
+from .decode_xla import prepare, read, write
+from .xla import MASKED, softmax
 
 
 def decode_latent_attention(absorbed, q, new, latents, rotaries, lengths, layer, scale, norm, rotary):
@@ -18,5 +19,5 @@ def decode_latent_attention(absorbed, q, new, latents, rotaries, lengths, layer,
     scores = jnp.einsum("bnz,bsz->bns", absorbed, mine, preferred_element_type=jnp.float32)
     scores += jnp.einsum("bnr,bsr->bns", q_rotary, theirs, preferred_element_type=jnp.float32)
     visible = jnp.arange(mine.shape[1]) <= lengths[:, None]
-    chances = softmax(jnp.where(visible[:, None], scores * scale, MASKED), None)
+    chances = softmax(jnp.where(visible[:, None], scores * scale, MASKED))
     return jnp.einsum("bns,bsz->bnz", chances.astype(mine.dtype), mine).astype(q.dtype), latents, rotaries

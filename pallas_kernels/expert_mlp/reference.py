@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..experts import Experts
-from ..quantized import product
+from ..quantized import dense
 
 
 def expert(x: jax.Array, weights: Experts) -> jax.Array:
@@ -16,7 +16,7 @@ def expert(x: jax.Array, weights: Experts) -> jax.Array:
         return jnp.matmul(x, kernel, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
     def linear(x, kernel, bias):
-        y = product(kernel, x, -1, times)
+        y = times(dense(kernel, x.dtype), x)
         return y if bias is None else y + bias
 
     up = linear(x, weights.up, weights.up_bias)

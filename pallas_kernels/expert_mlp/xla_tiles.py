@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..plan import make_plan
-from ..quantized import dense, is_quantized, product, rows_of
+from ..quantized import dense, is_quantized, rows_of
 from .reference import combine, expert
 
 
@@ -160,7 +160,7 @@ def _by_pieces(kernels, index, columns, dtype):
     def piece(i):
         # all indices in one type, also with 64 bits enabled
         cut = rows_of(kernels, index, jnp.asarray(i * size, index.dtype), size)
-        return product(cut, columns, 0, functools.partial(jnp.matmul, preferred_element_type=dtype))
+        return jnp.matmul(dense(cut, columns.dtype), columns, preferred_element_type=dtype)
 
     if size == out:
         return piece(0)

@@ -13,7 +13,7 @@ from expert_oracle import make_experts, make_tokens, oracle
 
 from pallas_kernels import Experts, MXFP4Array, capacity_mlp, prepare, routed_mlp
 from pallas_kernels.expert_mlp import reference
-from pallas_kernels.quantized import dense, is_quantized, product, rows_of
+from pallas_kernels.quantized import dense, is_quantized, rows_of
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
@@ -157,14 +157,6 @@ def test_the_default_takes_bfloat16():
     assert got.dtype == jnp.bfloat16
     error, bound = (np.abs(np.asarray(y, np.float64) - want).max() for y in (got, plain))
     assert error <= 1.2 * bound
-
-
-def test_products():
-    array, x = draw(6, 64), np.random.default_rng(3).standard_normal((5, 64)).astype(np.float32)
-    rows = product(array, jnp.asarray(x), -1, lambda w, x: x @ w.T)
-    np.testing.assert_allclose(rows, x @ plain(array).T, atol=1e-5)
-    columns = product(array, jnp.asarray(x.T), 0, jnp.matmul)
-    np.testing.assert_allclose(columns, plain(array) @ x.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
