@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import re
 from typing import Any
 
 import jax
@@ -49,6 +50,19 @@ def device_kind() -> str:
     if described is not None:
         return described.device_kind
     return _default_device().device_kind
+
+
+def launches_early() -> bool:
+    """Whether the device that is traced for starts a kernel before the one ahead of it ends (Hopper and later).
+
+    >>> launches_early()
+    False
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return re.search(r"\b(G?H[128]00|H20|G?B[123]00)\b", described.device_kind) is not None
+    capability = re.match(r"(\d+)\.", str(getattr(_default_device(), "compute_capability", "")))
+    return capability is not None and int(capability[1]) >= 9
 
 
 def no_cudnn() -> str | None:

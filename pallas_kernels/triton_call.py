@@ -4,8 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
+
+from . import compat
 
 
 def call_triton(
@@ -25,10 +28,16 @@ def call_triton(
     a kernel sees the type that weights are stored as; `outputs`: shapes and dtypes; `aliases`: number of an array among
     all of the operands' -> output that is written in its place.
     """
+    if warps & (warps - 1):
+        raise ValueError(f"{name}: {warps} warps, no power of two")
     arrays, structure = jax.tree.flatten(operands)
 
     def run(*refs):
-        kernel(*jax.tree.unflatten(structure, refs[: len(arrays)]), *refs[len(arrays) :])
+        own = lambda: kernel(*jax.tree.unflatten(structure, refs[: len(arrays)]), *refs[len(arrays) :])
+        if interpret or not compat.launches_early():
+            own()
+        else:
+            pl.when(_launch_next(pl.program_id(0)) >= 0)(own)
 
     call = pl.pallas_call(
         run,
@@ -42,3 +51,20 @@ def call_triton(
         name=name,
     )
     return list(call(*arrays))
+
+
+def _launch_next(program):
+    """`program`, and leave to launch the kernel that comes after this one (programmatic dependent launch).
+
+    Its programs wait for this one's results where they begin, where XLA puts the wait, and not for their own launch.
+    The assembler text is kept because its result is used.
+    """
+    like = jax.ShapeDtypeStruct((1,), jnp.int32)
+    (program,) = pltriton.elementwise_inline_asm(
+        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
+        args=[jnp.full((1,), program)],
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[like],
+    )
+    return jnp.max(program)

@@ -6,6 +6,7 @@ down: a program per output column: all choices' products, their weighted sum, re
 There is no plan and no combine. Reading the weights is all the time there is, see `linear.triton_row`.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,13 +17,14 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..activations import simple_erf
 from ..linear import stored
+from ..mxfp4 import MXFP4Array
+from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import xla_tiles
 
-#: Hidden or output columns per program, inputs read at once, warps: the best on an H100 (docs/benchmarks.md).
-UP, DOWN = (2, 2048, 4), (1, 1024, 1)
-#: Choices whose reads are all on their way at once; more go one by one.
-_TOGETHER = 16
+# The best on an H100 (docs/benchmarks.md): inputs of each choice that the second product reads at once, and its warps.
+_DOWN_STEP, _DOWN_WARPS = 256, 4
+_TILE = 8192  # inputs of all choices that a program holds at once
 
 
 def refuse(x, ids, weights, experts, plan, layer, residual) -> str | None:
@@ -34,8 +36,12 @@ def refuse(x, ids, weights, experts, plan, layer, residual) -> str | None:
         return f"x of {x.dtype}, only bfloat16 and float16"
     if experts.layout != "out_in":
         return "kernels with the contraction first"
-    kernels = (experts.gate, experts.up, experts.down)
-    return next(filter(None, (stored.refuse(kernel) for kernel in kernels if kernel is not None)), None)
+    kernels = [kernel for kernel in (experts.gate, experts.up, experts.down) if kernel is not None]
+    if reason := next(filter(None, map(stored.refuse, kernels)), None):
+        return reason
+    if experts.gate is not None and not stored.alike(experts.gate, experts.up):
+        return "gate and up stored in different ways"
+    return None
 
 
 def routed_mlp(x, ids, weights, experts, plan, layer, residual):
@@ -55,30 +61,37 @@ def _run(x, ids, weights, experts, layer, residual, interpret):
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
     flat, choices = experts.flat(), ids.shape[1]
     call = functools.partial(call_triton, interpret=interpret)
+    tile = _tile(flat.up)
     hidden = call(
-        functools.partial(moe_jax_expert_up_row, activation=experts.activation, per_layer=experts.num_experts),
+        functools.partial(
+            moe_jax_expert_up_row,
+            activation=experts.activation,
+            per_layer=experts.num_experts,
+            place=functools.partial(stored.place, flat.down),
+            tile=tile,
+        ),
         "moe_jax_expert_up_row",
-        choices * pl.cdiv(experts.hidden, UP[0]),
+        choices * pl.cdiv(experts.hidden, tile.rows),
         [((choices, experts.hidden), x.dtype)],
-        UP[2],
-        operands=(layer, x, ids, flat.gate, flat.gate_bias, flat.up, flat.up_bias),
+        tile.warps,
+        operands=(layer, stored.arranged(flat.up, x), ids, flat.gate, flat.gate_bias, flat.up, flat.up_bias),
     )[0]
     return call(
         functools.partial(moe_jax_expert_down_row, per_layer=experts.num_experts),
         "moe_jax_expert_down_row",
-        pl.cdiv(experts.width, DOWN[0]),
+        experts.width,
         [(x.shape, x.dtype)],
-        DOWN[2],
+        _DOWN_WARPS,
         operands=(layer, hidden, ids, weights, flat.down, flat.down_bias, residual),
     )[0]
 
 
-def moe_jax_expert_up_row(layer, x, ids, gate, gate_bias, up, up_bias, out, *, activation, per_layer):
-    """One program: `UP[0]` hidden columns of one choice."""
+def moe_jax_expert_up_row(layer, x, ids, gate, gate_bias, up, up_bias, out, *, activation, per_layer, place, tile):
+    """One program: `tile.rows` hidden columns of one choice. `place`: where `down` looks for each."""
     choices, hidden = out.shape
-    strips = pl.cdiv(hidden, UP[0])
+    strips = pl.cdiv(hidden, tile.rows)
     choice = lax.div(pl.program_id(0), jnp.int32(strips))
-    target = lax.rem(pl.program_id(0), jnp.int32(strips)) * UP[0] + lax.iota(jnp.int32, UP[0])
+    target = lax.rem(pl.program_id(0), jnp.int32(strips)) * tile.rows + lax.iota(jnp.int32, tile.rows)
     row = jnp.minimum(target, hidden - 1)
     expert = pltriton.load(ids.at[jnp.zeros_like(choice), choice])
 
@@ -86,48 +99,64 @@ def moe_jax_expert_up_row(layer, x, ids, gate, gate_bias, up, up_bias, out, *, a
     def _():
         matrix = layer[0] * per_layer + expert
 
-        def product(kernel, bias):
-            if kernel is None:
-                return None
-            y = stored.row_products(kernel, matrix, row, functools.partial(_load_row, x, 0), UP[1])
-            return y if bias is None else y + _load_bias(bias, matrix, row)
-
-        y = activation(product(gate, gate_bias), product(up, up_bias), simple_erf).astype(out.dtype)
-        pltriton.store(out.at[jnp.full(row.shape, choice, jnp.int32), target], y, mask=target < hidden)
+        kernels = [pair for pair in ((gate, gate_bias), (up, up_bias)) if pair[0] is not None]
+        load = functools.partial(_load_row, x)
+        found = stored.row_products([kernel for kernel, _ in kernels], matrix, row, load, tile.step)
+        for i, (_, bias) in enumerate(kernels):
+            if bias is not None:
+                found[i] += _load_bias(bias, matrix, row)
+        y = activation(found[0] if gate is not None else None, found[-1], simple_erf).astype(out.dtype)
+        pltriton.store(out.at[jnp.full(row.shape, choice, jnp.int32), place(target)], y, mask=target < hidden)
 
 
 def moe_jax_expert_down_row(layer, hidden, ids, weights, down, bias, residual, out, *, per_layer):
-    """One program: `DOWN[0]` output columns."""
-    choices, width = ids.shape[1], out.shape[1]
-    target = pl.program_id(0) * DOWN[0] + lax.iota(jnp.int32, DOWN[0])
-    row = jnp.minimum(target, width - 1)
+    """One program: an output column, of all choices together, so that all of their reads are on their way at once."""
+    column, choices = pl.program_id(0), ids.shape[1]
+    choice = lax.iota(jnp.int32, pl.next_power_of_2(choices))
+    at, there = (jnp.zeros_like(choice), choice), choice < choices
+    expert = pltriton.load(ids.at[at], mask=there, other=-1)
+    weight = pltriton.load(weights.at[at], mask=there, other=0.0).astype(jnp.float32)
+    real = (expert >= 0) & (expert < per_layer)
+    matrix, row = layer[0] * per_layer + jnp.where(real, expert, 0), jnp.full(choice.shape, column, jnp.int32)
 
-    def add(choice, total):
-        at = jnp.zeros_like(choice), choice
-        expert, weight = pltriton.load(ids.at[at]), pltriton.load(weights.at[at]).astype(jnp.float32)
-        real = (expert >= 0) & (expert < per_layer)
-        matrix = layer[0] * per_layer + jnp.where(real, expert, 0)
-        y = stored.row_products(down, matrix, row, functools.partial(_load_row, hidden, choice), DOWN[1])
-        if bias is not None:
-            y += _load_bias(bias, matrix, row)
-        return total + jnp.where(real, y * weight, 0)  # the hidden row of a choice that is none was never written
+    def load(columns, inside):
+        shape = choice.shape[0], columns.shape[0]
+        # the hidden row of a choice that is none was never written
+        mask = jnp.broadcast_to(real[:, None] if inside is None else real[:, None] & inside[None, :], shape)
+        at = hidden.at[jnp.broadcast_to(choice[:, None], shape), jnp.broadcast_to(columns[None, :], shape)]
+        return pltriton.load(at, mask=mask, other=0.0).astype(jnp.float32)
 
-    total = jnp.zeros(row.shape, jnp.float32)
-    if choices <= _TOGETHER:
-        for choice in range(choices):
-            total = add(jnp.full((), choice, jnp.int32), total)
-    else:
-        total = lax.fori_loop(0, choices, lambda choice, total: add(jnp.int32(choice), total), total)
+    most = max(128, min(_DOWN_STEP, _TILE // choice.shape[0]))
+    (y,) = stored.row_products([down], matrix, row, load, most, real)
+    if bias is not None:
+        y += pltriton.load(bias.at[matrix, row], mask=real, other=0.0).astype(jnp.float32)
+    total = jnp.sum(jnp.where(real, y * weight, 0))
+    at = jnp.zeros_like(column), column
     if residual is not None:
         total = total.astype(out.dtype).astype(jnp.float32)  # rounded first, as without a residual
-        total += pltriton.load(residual.at[jnp.zeros_like(row), row]).astype(jnp.float32)
-    pltriton.store(out.at[jnp.zeros_like(row), target], total.astype(out.dtype), mask=target < width)
+        total += pltriton.load(residual.at[at]).astype(jnp.float32)
+    pltriton.store(out.at[at], total.astype(out.dtype))
 
 
-def _load_row(ref, row, column, there):
-    at = ref.at[jnp.full(column.shape, row, jnp.int32), column]
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Hidden columns per program of the first product, inputs that it reads at once, warps."""
+
+    rows: int
+    step: int
+    warps: int
+
+
+def _tile(kernel):
+    """The best on an H100 (docs/benchmarks.md)."""
+    if isinstance(kernel, MXFP4Array):
+        return _Tile(8, 1024, 8)
+    return _Tile(2, 1024, 4) if is_quantized(kernel) else _Tile(1, 2048, 4)
+
+
+def _load_row(ref, column, there):
     mask = {} if there is None else dict(mask=there, other=0.0)
-    return pltriton.load(at, **mask).astype(jnp.float32)[None, :]
+    return pltriton.load(ref.at[jnp.zeros_like(column), column], **mask).astype(jnp.float32)[None, :]
 
 
 def _load_bias(bias, matrix, row):

@@ -4,9 +4,10 @@ A matrix is one of a stack `[S, N, K]`, the contraction last. How a row is read 
 array, a `QuantizedArray` or an `MXFP4Array`, which reach a kernel as the same types with references in place of arrays.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ _F32, _I32, _U32 = jnp.float32, jnp.int32, jnp.uint32
 #: Triton's offsets are signed and have 32 bits for arrays of up to 4 GiB: bytes beyond 2 GiB are out of its reach.
 _UNREACHABLE = range(2**31 + 1, 2**32 + 1)
 _PER_WORD = 8  # inputs in a word of an MXFP4Array
+_AHEAD = 4  # pieces of a row that are read before the first is multiplied
 
 #: `load(columns, there)` gives parts of x in float32, `[1, columns]`, 0 where `there` is false (None: all is there).
 Load = Callable[[jax.Array, Any], jax.Array]
@@ -43,6 +45,11 @@ def refuse(kernel: Any) -> str | None:
     return None
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether two stacks are stored in the same way, as `row_products` wants them."""
+    return type(a) is type(b) and a.dtype == b.dtype and scales_of(a)[1] == scales_of(b)[1]
+
+
 def step_of(width: int, most: int) -> int:
     """Columns that are read at once, a power of two up to `most`, so that not many lie beyond `width`.
 
@@ -62,14 +69,37 @@ def scales_of(kernel: Any) -> tuple[Any, int]:
     return kernel.scales, kernel.values.shape[-1] if kernel.scales.shape[-1] == 1 else kernel.group_size
 
 
-def row_products(kernel: Any, matrix: Any, rows: jax.Array, load: Load, most: int) -> jax.Array:
-    """`sum over k of w[matrix, rows, k] * x[k]` in float32, `[rows]`. `most`: columns that are read at once."""
-    terms = _array_terms
-    if isinstance(kernel, MXFP4Array):
-        terms = _mxfp4_terms
-    elif isinstance(kernel, QuantizedArray):
-        terms = _int8_terms
-    return jnp.sum(terms(kernel, functools.partial(_load, matrix, rows), load, most), axis=1)
+def row_products(kernels: Sequence[Any], matrix: Any, rows: jax.Array, load: Load, most: int, live: Any = None) -> list:
+    """`sum over k of w[matrix, rows, k] * x[k]` in float32, `[rows]`, for each of `kernels`, all stored alike.
+
+    `matrix`: one for all or `[rows]`, as x may be; `most`: columns that are read at once; `live [rows]`: rows that are
+    read at all, 0 for the others. The weights of all kernels are on their way before the first is multiplied.
+    """
+    form, read = _form_of(kernels[0]), functools.partial(_load, matrix, rows, live)
+    every = list(pieces(form.width, step_of(form.width, max(form.least, most // form.packed))))
+    scales = [form.row_scales(kernel, read) for kernel in kernels]
+    totals = [0.0] * len(kernels)
+    for first in range(0, len(every), _AHEAD):
+        some = every[first : first + _AHEAD]
+        weights = [[form.read(kernel, read, *piece) for piece in some] for kernel in kernels]
+        for i, piece in enumerate(some):
+            x = form.inputs(load, *piece)
+            totals = [total + form.multiply(own[i], x) for total, own in zip(totals, weights, strict=True)]
+    return [jnp.sum(total * scale, axis=1) for total, scale in zip(totals, scales, strict=True)]
+
+
+def arranged(kernel: Any, x: jax.Array) -> jax.Array:
+    """`x [G, K]` in the order in which `row_products` with `kernel` asks for it: `x[:, k]` is at `place(kernel, k)`."""
+    if not isinstance(kernel, MXFP4Array):
+        return x
+    return x.reshape(x.shape[0], -1, _PER_WORD).swapaxes(1, 2).reshape(x.shape)
+
+
+def place(kernel: Any, k: Any) -> Any:
+    """Where input `k` of `kernel` lies: for words of eight, inputs that are at the same place of one lie together."""
+    if not isinstance(kernel, MXFP4Array):
+        return k
+    return lax.rem(k, _I32(_PER_WORD)) * (kernel.shape[-1] // _PER_WORD) + lax.div(k, _I32(_PER_WORD))
 
 
 def pieces(width: int, step: int):
@@ -79,47 +109,89 @@ def pieces(width: int, step: int):
         yield column, None if first + step <= width else column < width
 
 
-def _array_terms(kernel, read, load, most):
-    total = 0.0
-    for column, there in pieces(kernel.shape[-1], step_of(kernel.shape[-1], most)):
-        total += read(kernel, column, there).astype(_F32) * load(column, there)
-    return total
+@dataclasses.dataclass(frozen=True)
+class _Floats:
+    """An array `[S, N, K]`: how parts of rows are read and multiplied. `width` elements hold `packed` inputs each."""
+
+    width: int
+    packed: int = 1
+    least: int = 1
+
+    def row_scales(self, kernel, read):
+        return 1.0
+
+    def read(self, kernel, read, column, there):
+        return read(kernel, column, there)
+
+    def inputs(self, load, column, there):
+        return load(column, there)
+
+    def multiply(self, weights, x):
+        return weights.astype(_F32) * x
 
 
-def _int8_terms(kernel, read, load, most):
-    scales, group = scales_of(kernel)
-    width, total = kernel.values.shape[-1], 0.0
-    step = step_of(width, most)
-    for first, (column, there) in zip(range(0, width, step), pieces(width, step), strict=True):
-        products = read(kernel.values, column, there).astype(_F32) * load(column, there)
-        if group < width:
-            size = min(group, step)
-            block = first // group + lax.iota(_I32, step // size)
-            inside = None if there is None else block * group < width
-            products = jnp.sum(products.reshape(products.shape[0], step // size, size), axis=2)
-            products *= read(scales, block, inside)
-        total += products
-    return total if group < width else total * read(scales, jnp.zeros((1,), _I32), None)
+@dataclasses.dataclass(frozen=True)
+class _Int8(_Floats):
+    """A `QuantizedArray`, `group` inputs of a row with a scale."""
+
+    group: int = 0
+
+    def row_scales(self, kernel, read):
+        return 1.0 if self.group < self.width else read(kernel.scales, jnp.zeros((1,), _I32), None)
+
+    def read(self, kernel, read, column, there):
+        values, step = read(kernel.values, column, there), column.shape[0]
+        if self.group == self.width:
+            return values, None
+        size = min(self.group, step)
+        block = lax.div(jnp.min(column), _I32(self.group)) + lax.iota(_I32, step // size)
+        return values, read(kernel.scales, block, None if there is None else block * self.group < self.width)
+
+    def multiply(self, weights, x):
+        values, scales = weights
+        products = values.astype(_F32) * x
+        if scales is None:
+            return products
+        return jnp.sum(products.reshape(*scales.shape, -1), axis=2) * scales
 
 
-def _mxfp4_terms(kernel, read, load, most):
-    words, total = kernel.blocks.shape[-1], 0.0
-    for word, there in pieces(words, step_of(words, max(128, most // _PER_WORD))):
-        codes, sums = read(kernel.blocks, word, there), 0.0
+@dataclasses.dataclass(frozen=True)
+class _MXFP4(_Floats):
+    """An `MXFP4Array`: words of eight inputs, four words to a scale."""
+
+    packed: int = _PER_WORD
+    least: int = 128
+
+    def read(self, kernel, read, word, there):
+        return read(kernel.blocks, word, there), read(kernel.scales, word // (GROUP // _PER_WORD), there)
+
+    def inputs(self, load, word, there):
+        return [load(i * self.width + word, there) for i in range(_PER_WORD)]
+
+    def multiply(self, weights, x):
+        codes, scales = weights
+        sums = 0.0
         for i in range(_PER_WORD // 2):
-            low, high = _e2m1_pairs(codes >> (4 * i))
-            sums += low * load(word * _PER_WORD + i, there)
-            sums += high * load(word * _PER_WORD + (i + _PER_WORD // 2), there)
-        total += sums * _e8m0(read(kernel.scales, word // (GROUP // _PER_WORD), there))
-    return total
+            low, high = _e2m1_pairs(codes, i)
+            sums += low * x[i] + high * x[i + _PER_WORD // 2]
+        return sums * _e8m0(scales)
 
 
-def _e2m1_pairs(codes):
-    """Float32 of the lowest four bits of both halves of words: sign, exponent and mantissa in float16's places.
+def _form_of(kernel):
+    if isinstance(kernel, MXFP4Array):
+        return _MXFP4(kernel.blocks.shape[-1])
+    if isinstance(kernel, QuantizedArray):
+        return _Int8(kernel.values.shape[-1], group=scales_of(kernel)[1])
+    return _Floats(kernel.shape[-1])
+
+
+def _e2m1_pairs(codes, i):
+    """Float32 of the `i`-th four bits of both halves of words: sign, exponent and mantissa in float16's places.
 
     Float16's exponent is 14 too low for them, which `_e8m0` makes up for.
     """
-    bits = (codes & 0x00070007) << 9 | (codes & 0x00080008) << 12
+    moved = lambda by: codes << by if by >= 0 else codes >> -by
+    bits = moved(9 - 4 * i) & _U32(0x0E000E00) | moved(12 - 4 * i) & _U32(0x80008000)
     half = lambda word: lax.bitcast_convert_type(word.astype(jnp.uint16), jnp.float16).astype(_F32)
     return half(bits), half(bits >> 16)
 
@@ -131,10 +203,14 @@ def _e8m0(scales):
     return jnp.where(scales == 255, jnp.float32(jnp.nan), power) * 2.0**14
 
 
-def _load(matrix, rows, ref, columns, there):
-    """`[rows, columns]` of one matrix of a stack, 0 where `there` is false."""
+def _load(matrix, rows, live, ref, columns, there):
+    """`[rows, columns]` of matrices of a stack, 0 where `there` or `live` is false."""
     shape = rows.shape[0], columns.shape[0]
-    at = ref.at[jnp.full(shape, matrix, _I32), rows[:, None], columns[None, :]]
-    if there is None:
-        return pltriton.load(at)
-    return pltriton.load(at, mask=jnp.broadcast_to(there[None, :], shape), other=0)
+    spread = lambda a, axis: jnp.broadcast_to(jnp.expand_dims(a, axis), shape)
+    matrix = spread(matrix, 1) if matrix.ndim else jnp.full(shape, matrix, _I32)
+    at = ref.at[matrix, rows[:, None], columns[None, :]]
+    masks = [spread(mask, axis) for mask, axis in ((live, 1), (there, 0)) if mask is not None]
+    load = functools.partial(pltriton.load, at, eviction_policy="evict_first")  # nothing is read twice
+    if not masks:
+        return load()
+    return load(mask=functools.reduce(jnp.logical_and, masks), other=0)

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from ..mxfp4 import MXFP4Array
 from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import stored
@@ -20,6 +21,7 @@ from . import stored
 #: Most rows of a kernel per program, inputs read at once, most warps: the best on an H100 (docs/benchmarks.md).
 ROWS, STEP, WARPS = 4, 2048, 4
 _PROGRAMS = 256  # at least, where a kernel has so many rows
+_ENOUGH = 16384  # rows from which on programs of a single one are too many; fewer rows are better without a norm
 
 
 def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | None:
@@ -29,6 +31,8 @@ def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | No
         return f"{x.shape[0]} rows of x, only one"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x of {x.dtype}, only bfloat16 and float16"
+    if any(isinstance(kernel, MXFP4Array) for kernel in kernels):
+        return "kernels in MXFP4"
     return next(filter(None, map(stored.refuse, kernels)), None)
 
 
@@ -41,7 +45,8 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, interpre
         norm = dataclasses.replace(norm, scale=scale, layer=_index(norm.layer))
     sizes = [kernel.shape[1] for kernel in kernels]
     outputs = [((1, size), dtype or x.dtype) for size in sizes] + [(x.shape, x.dtype)] * normed
-    rows = [max(1, min(ROWS, pl.next_power_of_2(size // _PROGRAMS))) for size in sizes]
+    most = ROWS if norm is not None or sum(sizes) >= _ENOUGH else 1
+    rows = [max(1, min(most, pl.next_power_of_2(size // _PROGRAMS))) for size in sizes]
     programs = [pl.cdiv(size, per_program) for size, per_program in zip(sizes, rows, strict=True)]
     kernel = functools.partial(moe_jax_linear_row, rows=rows, programs=programs, normed=normed)
     operands = _index(layer), x, kernels, norm, biases, residual
@@ -68,7 +73,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
             size = kernel.shape[1]
             target = (program - first) * rows + lax.iota(jnp.int32, rows)
             row = jnp.minimum(target, size - 1)
-            y = stored.row_products(kernel, layer, row, load, STEP) * factor()
+            y = stored.row_products([kernel], layer, row, load, STEP)[0] * factor()
             if bias is not None:
                 y += pltriton.load(bias.at[jnp.full(row.shape, layer, jnp.int32), row]).astype(jnp.float32)
             if residual is not None:

@@ -114,7 +114,8 @@ def default_block(choices: int, num_experts: int) -> Block:
     size = max(16, most if apart else 16, size)
     step = min(size, most)
     at_once = step if apart else max(step, choices // 4)
-    return Block(size, step, min(8, max(1, at_once * columns // 256)), apart)
+    warps = min(8, max(1, at_once * columns // 256))
+    return Block(size, step, 1 << (warps.bit_length() - 1), apart)
 
 
 # ---------------------------------------------------------------- inside the kernels
