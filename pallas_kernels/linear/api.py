@@ -75,9 +75,8 @@ def linear(
     Args: `x` `[G, K]`; `kernels` arrays or `QuantizedArray`s `[N, K]`, the contraction last, or stacks `[L, N, K]` of
     which the integer `layer` is taken, which may be traced (a stack is never sliced where that would copy it); `norm`
     of x; `biases` `[N]` or `[L, N]`, or None for each; `residual` `[G, N]` is added to the only product; `dtype` of the
-    products, x's for None; `normed`: also return `norm(x)` in that of x. `implementation`: `triton_row` (CUDA, one row;
-    kernels in bfloat16, float16, int8 or MXFP4), `triton_rows` (CUDA, up to 64 rows, 1024 for small kernels; bfloat16,
-    float16 or int8) or `xla`. All are differentiable.
+    products, x's for None; `normed`: also return `norm(x)` in that of x. `implementation`: `triton_row` (CUDA, one row)
+    and `triton_rows` (CUDA, up to 64), both for kernels in bfloat16, float16 or int8, or `xla`. All are differentiable.
     Returns the products `[G, N]` in the order of their kernels, then the normed rows if asked for; sums are formed in
     float32. Raises `ValueError` for shapes and dtypes that do not fit each other.
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,9 @@ def row_products(kernels: Sequence[Any], matrix: Any, rows: jax.Array, load: Loa
     totals = [0.0] * len(kernels)
     for first in range(0, len(every), _AHEAD):
         some = every[first : first + _AHEAD]
-        weights = [[form.read(kernel, read, *piece) for piece in some] for kernel in kernels]
+        weights = [[form.read(kernel, read, piece) for piece in some] for kernel in kernels]
         for i, piece in enumerate(some):
-            x = form.inputs(load, *piece)
+            x = form.inputs(load, piece)
             totals = [total + form.multiply(own[i], x) for total, own in zip(totals, weights, strict=True)]
     return [jnp.sum(total * scale, axis=1) for total, scale in zip(totals, scales, strict=True)]
 
@@ -102,11 +102,19 @@ def place(kernel: Any, k: Any) -> Any:
     return lax.rem(k, _I32(_PER_WORD)) * (kernel.shape[-1] // _PER_WORD) + lax.div(k, _I32(_PER_WORD))
 
 
+class Piece(NamedTuple):
+    """Columns from `first` on that are read at once, and which of them there are (None: all)."""
+
+    first: int
+    columns: jax.Array
+    there: Any
+
+
 def pieces(width: int, step: int):
-    """Columns `step` at a time, and which of them there are (None: all)."""
+    """A row of `width`, `step` columns at a time."""
     for first in range(0, width, step):
-        column = first + lax.iota(_I32, step)
-        yield column, None if first + step <= width else column < width
+        columns = first + lax.iota(_I32, step)
+        yield Piece(first, columns, None if first + step <= width else columns < width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +128,11 @@ class _Floats:
     def row_scales(self, kernel, read):
         return 1.0
 
-    def read(self, kernel, read, column, there):
-        return read(kernel, column, there)
+    def read(self, kernel, read, piece):
+        return read(kernel, piece.columns, piece.there)
 
-    def inputs(self, load, column, there):
-        return load(column, there)
+    def inputs(self, load, piece):
+        return load(piece.columns, piece.there)
 
     def multiply(self, weights, x):
         return weights.astype(_F32) * x
@@ -139,13 +147,12 @@ class _Int8(_Floats):
     def row_scales(self, kernel, read):
         return 1.0 if self.group < self.width else read(kernel.scales, jnp.zeros((1,), _I32), None)
 
-    def read(self, kernel, read, column, there):
-        values, step = read(kernel.values, column, there), column.shape[0]
+    def read(self, kernel, read, piece):
+        values, step = read(kernel.values, piece.columns, piece.there), piece.columns.shape[0]
         if self.group == self.width:
             return values, None
-        size = min(self.group, step)
-        block = lax.div(jnp.min(column), _I32(self.group)) + lax.iota(_I32, step // size)
-        return values, read(kernel.scales, block, None if there is None else block * self.group < self.width)
+        block = piece.first // self.group + lax.iota(_I32, step // min(self.group, step))
+        return values, read(kernel.scales, block, None if piece.there is None else block * self.group < self.width)
 
     def multiply(self, weights, x):
         values, scales = weights
@@ -162,11 +169,12 @@ class _MXFP4(_Floats):
     packed: int = _PER_WORD
     least: int = 128
 
-    def read(self, kernel, read, word, there):
-        return read(kernel.blocks, word, there), read(kernel.scales, word // (GROUP // _PER_WORD), there)
+    def read(self, kernel, read, piece):
+        words, there = piece.columns, piece.there
+        return read(kernel.blocks, words, there), read(kernel.scales, words // (GROUP // _PER_WORD), there)
 
-    def inputs(self, load, word, there):
-        return [load(i * self.width + word, there) for i in range(_PER_WORD)]
+    def inputs(self, load, piece):
+        return [load(i * self.width + piece.columns, piece.there) for i in range(_PER_WORD)]
 
     def multiply(self, weights, x):
         codes, scales = weights

@@ -18,10 +18,9 @@ from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import stored, xla
 
-#: Rows of x up to which reading the weights is all the time there is; and for small kernels (routers): products by XLA
-#: with few columns and a long contraction end the process for some shapes (docs/decisions.md).
-MAX_ROWS, MAX_ROWS_SMALL, SMALL = 64, 1024, 512
-_LEAST, _TOGETHER = 16, 64  # rows of a product on tensor cores; rows of x of a program
+#: Rows of x up to which reading the weights is all the time there is.
+MAX_ROWS = 64
+_LEAST = 16  # rows of a product on tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +36,8 @@ class Tile:
 def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | None:
     """Why these kernels cannot serve the call; None if they can."""
     del layer, norm, biases, residual, dtype, normed
-    most = MAX_ROWS_SMALL if all(kernel.shape[-2] <= SMALL for kernel in kernels) else MAX_ROWS
-    if not 0 < x.shape[0] <= most:
-        return f"{x.shape[0]} rows of x, at most {most}"
+    if not 0 < x.shape[0] <= MAX_ROWS:
+        return f"{x.shape[0]} rows of x, at most {MAX_ROWS}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x of {x.dtype}, only bfloat16 and float16"
     if any(not is_quantized(kernel) and kernel.dtype != x.dtype for kernel in kernels):
@@ -60,8 +58,7 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, tile=Til
     programs = [pl.cdiv(size, tile.rows) for size in sizes]
     kernel = functools.partial(moe_jax_linear_rows, programs=programs, tile=tile)
     operands = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1), x, kernels, biases, residual
-    grid = sum(programs) * pl.cdiv(x.shape[0], _TOGETHER)
-    call = functools.partial(call_triton, kernel, "moe_jax_linear_rows", grid, outputs, tile.warps, interpret)
+    call = functools.partial(call_triton, kernel, "moe_jax_linear_rows", sum(programs), outputs, tile.warps, interpret)
     return call(operands, stages=tile.stages) + [x] * normed
 
 
@@ -69,11 +66,9 @@ interpreted = functools.partial(linear, interpret=True)
 
 
 def moe_jax_linear_rows(layer_ref, x_ref, kernels, biases, residual, *outs, programs, tile):
-    """One program: `tile.rows` outputs of one of the kernels, for all rows of x or `_TOGETHER` of them."""
-    layer, count, every = layer_ref[0], x_ref.shape[0], jnp.int32(sum(programs))
-    program = lax.rem(pl.program_id(0), every)
-    token = lax.iota(jnp.int32, min(_TOGETHER, max(_LEAST, pl.next_power_of_2(count))))
-    token += lax.div(pl.program_id(0), every) * _TOGETHER
+    """One program: `tile.rows` outputs of one of the kernels, for all rows of x."""
+    layer, count, program = layer_ref[0], x_ref.shape[0], pl.program_id(0)
+    token = lax.iota(jnp.int32, max(_LEAST, pl.next_power_of_2(count)))
     first = 0
     for i, kernel in enumerate(kernels):
 

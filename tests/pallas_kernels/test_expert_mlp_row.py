@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from expert_oracle import error, make_experts, make_tokens, oracle
 
-from pallas_kernels import ACTIVATIONS, compat, routed_mlp
+from pallas_kernels import ACTIVATIONS, MXFP4Array, compat, routed_mlp
 from pallas_kernels.expert_mlp.api import OPERATION
 from pallas_kernels.quantized import quantize
 
@@ -20,7 +20,7 @@ KERNELS = '"moe_jax_expert_up_row"', '"moe_jax_expert_down_row"'
 FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 LAYER = 1
 
-# D, F, E, ids, activations and what differs from bfloat16 without biases; `store` of int8: "row" or a group size.
+# D, F, E, ids, activations and what differs from bfloat16 without biases; `store`: of int8 "row" or a group size.
 CASES = {
     "a stack": (96, 70, 7, [[4, 1]], ["swiglu", "gelu"], dict(biases=True, layers=3)),
     "not all are experts": (160, 96, 5, [[2, -1, 5, 4]], ["swiglu_clamped"], dict(biases=True, layers=3)),
@@ -30,24 +30,34 @@ CASES = {
     "int8": (96, 70, 5, [[3, 1, 7]], ["swiglu"], dict(store="row", layers=3, biases=True)),
     "int8 in groups": (160, 96, 5, [[0, 4]], ["swiglu"], dict(store=32, dtype=np.float16)),
     "int8 in groups of a stack": (128, 384, 5, [[0, 4]], ["relu"], dict(store=128, layers=3)),
+    "mxfp4": (96, 64, 5, [[3, 1, 7]], ["swiglu_clamped"], dict(store="mxfp4", layers=3, biases=True)),
+    "mxfp4 in pieces": (1152, 1056, 3, [[2, 0]], ["relu"], dict(store="mxfp4")),
 }
 
 
-SLOW = "twice the same", "int8", "int8 in groups", "all experts"
+SLOW = "twice the same", "int8", "int8 in groups", "all experts", "mxfp4 in pieces"
 NAMED = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
 
 
-def int8(experts, store, dtype):
-    """The same experts in int8, and what that stands for."""
-    narrow, wide = {}, {}
+def narrow(experts, store):
+    """The same experts in int8, or others in MXFP4, and what they stand for."""
+    few, wide = {}, {}
     for name in ("gate", "up", "down"):
         if (kernel := getattr(experts, name)) is not None:
-            narrow[name] = _int8(kernel, None if store == "row" else store)
-            wide[name] = np.asarray(narrow[name].dequantize(np.float32))
-    return dataclasses.replace(experts, **narrow), dataclasses.replace(experts, **wide)
+            few[name] = _mxfp4(kernel) if store == "mxfp4" else _int8(kernel, None if store == "row" else store)
+            wide[name] = np.asarray(few[name].dequantize(np.float32))
+    return dataclasses.replace(experts, **few), dataclasses.replace(experts, **wide)
 
 
 _int8 = jax.jit(quantize, static_argnums=1)
+
+
+def _mxfp4(kernel):
+    """Random codes, with scales that give them about the size of the kernel's weights."""
+    rng, (*lead, width) = np.random.default_rng(kernel.size), kernel.shape
+    words = rng.integers(0, 2**32, (*lead, width // 8), dtype=np.uint32)
+    scales = rng.integers(-2, 1, (*lead, width // 32)) + 127 - round(np.log2(width) / 2 + 1)
+    return MXFP4Array(words, scales.astype(np.uint8), kernel.dtype)
 
 
 def poisoned(experts, ids):
@@ -56,12 +66,12 @@ def poisoned(experts, ids):
     idle = np.setdiff1d(np.arange(num), ids)
 
     def poison(array):
-        if array.dtype == np.int8:
+        if array.dtype in (np.int8, np.uint32):
             return array
-        array = np.array(array)
-        array[(slice(None), idle) if stacked else idle] = np.nan
+        array, poison = np.array(array), 255 if array.dtype == np.uint8 else np.nan
+        array[(slice(None), idle) if stacked else idle] = poison
         if stacked:
-            array[[0, 2]] = np.nan
+            array[[0, 2]] = poison
         return array
 
     return jax.tree.map(poison, experts)
@@ -82,7 +92,7 @@ def make(name):
             biases=options.get("biases", False),
         )
         if store := options.get("store"):
-            experts, wide = int8(experts, store, dtype)
+            experts, wide = narrow(experts, store)
         layer = np.array(LAYER, np.int32) if layers else None
         yield x, ids, weights, poisoned(experts, ids), wide, layer
 

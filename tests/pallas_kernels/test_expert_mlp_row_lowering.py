@@ -12,7 +12,7 @@ import pytest
 from cuda import lowered
 from expert_oracle import make_experts
 
-from pallas_kernels import ACTIVATIONS, Experts, routed_mlp
+from pallas_kernels import ACTIVATIONS, Experts, MXFP4Array, routed_mlp
 from pallas_kernels.expert_mlp.api import OPERATION
 from pallas_kernels.quantized import QuantizedArray, quantize, quantize_runs
 
@@ -37,6 +37,10 @@ def stored(experts, function):
     return dataclasses.replace(experts, **jax.eval_shape(lambda: {name: function(k) for name, k in wide.items()}))
 
 
+def mixed(experts):
+    return dataclasses.replace(experts, gate=stored(experts, quantize).gate)
+
+
 @pytest.mark.parametrize(
     "call, reason",
     [
@@ -47,6 +51,7 @@ def stored(experts, function):
         ((*operands()[:3], stored(operands(layout="out_in")[3], lambda k: quantize(k, 48))), "groups of 48 of 96"),
         ((*operands()[:3], stored(operands(layout="out_in")[3], lambda k: quantize(k, 64))), "groups of 64 of 96"),
         ((*operands()[:3], stored(operands(layout="out_in")[3], lambda k: quantize_runs(k, 2, 1))), "scales over runs"),
+        ((*operands()[:3], mixed(operands(layout="out_in")[3])), "gate and up stored in different ways"),
     ],
 )
 def test_refusals(call, reason):
@@ -71,7 +76,10 @@ def shapes(width, hidden, num, layers, store=None, biases=False, activation="swi
     """Experts without values."""
     array = lambda *shape: jax.ShapeDtypeStruct((layers, num, *shape), BFLOAT16)
     into, out = array(hidden, width), array(width, hidden)
-    if store:
+    if store == "mxfp4":
+        part = lambda kernel, n, dtype: jax.ShapeDtypeStruct((*kernel.shape[:-1], kernel.shape[-1] // n), dtype)
+        into, out = (MXFP4Array(part(k, 8, np.uint32), part(k, 32, np.uint8), np.dtype(BFLOAT16)) for k in (into, out))
+    elif store:
         into, out = (
             QuantizedArray(
                 jax.ShapeDtypeStruct(kernel.shape, np.int8),
@@ -97,6 +105,7 @@ def shapes(width, hidden, num, layers, store=None, biases=False, activation="swi
         (4096, 14336, 8, 2, 32, dict(activation="geglu")),
         (2048, 512, 512, 20, 4, {}),
         (2048, 768, 128, 8, 24, dict(store=128)),
+        (2880, 2880, 32, 4, 24, dict(biases=True, activation="swiglu_clamped", store="mxfp4")),
     ],
 )
 def test_real_shapes_lower_and_are_chosen(width, hidden, num, choices, layers, options):

@@ -100,7 +100,6 @@ def test_what_is_chosen():
 
     rows = (1, 2, 64, 65)
     assert [chosen("cuda", n) for n in rows] == ["triton_row", "triton_rows", "triton_rows", "xla"]
-    assert [chosen("cuda", n, size=128) for n in (1024, 1025)] == ["triton_rows", "xla"]
     assert {chosen("cuda", n, jnp.float32) for n in rows} == {"xla"}
     assert {chosen(platform, n) for n in rows for platform in ("cpu", "tpu")} == {"xla"}
 

@@ -53,6 +53,14 @@ def test_any_block_gives_make_plans_plan(block, tile_rows):
         check_against_oracle(host(run(ids.astype(np.int32))), ids, *shape[2:])
 
 
+def test_sizes_that_triton_takes():
+    """Three warps, which gpt-oss' 30 tokens once came to, end the process."""
+    for experts in (2, 8, 32, 60, 128, 512):
+        for choices in [*range(1, 2000), 4096, 100_000]:
+            block = plan_triton.default_block(choices, experts)
+            assert all(n.bit_count() == 1 for n in (block.choices, block.step, block.warps)), (choices, experts, block)
+
+
 def test_more_blocks_than_are_added_up_at_once(monkeypatch):
     monkeypatch.setattr(plan_triton, "_COMPARISONS", 64)
     ids = np.random.default_rng(2).integers(0, 7, (40, 2)).astype(np.int32)
