@@ -45,13 +45,22 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, interpre
         norm = dataclasses.replace(norm, scale=scale, layer=_index(norm.layer))
     sizes = [kernel.shape[1] for kernel in kernels]
     outputs = [((1, size), dtype or x.dtype) for size in sizes] + [(x.shape, x.dtype)] * normed
-    most = ROWS if norm is not None or sum(sizes) >= _ENOUGH else 1
-    rows = [max(1, min(most, pl.next_power_of_2(size // _PROGRAMS))) for size in sizes]
+    rows = _rows(sizes, norm is not None)
     programs = [pl.cdiv(size, per_program) for size, per_program in zip(sizes, rows, strict=True)]
     kernel = functools.partial(moe_jax_linear_row, rows=rows, programs=programs, normed=normed)
     operands = _index(layer), x, kernels, norm, biases, residual
-    warps = WARPS // 2 if x.shape[1] <= STEP and not any(map(is_quantized, kernels)) else WARPS
+    warps = _warps(x.shape[1], any(map(is_quantized, kernels)))
     return call_triton(kernel, "moe_jax_linear_row", sum(programs) + normed, outputs, warps, interpret, operands)
+
+
+def _rows(sizes, with_norm):
+    """Rows of each kernel per program."""
+    most = ROWS if with_norm or sum(sizes) >= _ENOUGH else 1
+    return [max(1, min(most, pl.next_power_of_2(size // _PROGRAMS))) for size in sizes]
+
+
+def _warps(width, quantized):
+    return WARPS // 2 if width <= STEP and not quantized else WARPS
 
 
 def _index(layer):
