@@ -15,7 +15,7 @@ from . import torch_baseline
 from .block import check_close
 from .table import Row
 from .timing import Setting, Timing, in_turns, load_average, once, share
-from .work import active_experts
+from .work import active_experts, recorded
 
 _BARS = {1: 2.0, 8: 2.5}
 #: Tokens that the probe which picks transformers' best setting makes.
@@ -93,7 +93,7 @@ def _at(shape: ModelShape, batch: int, run: Run, model: Model, peer: Any, settin
     # Prefill and one token apart: the difference is what `new - 1` steps take.
     timed = {f"{name} {new}": lambda turn, c=c, new=new: c(new) for name, c in calls.items() for new in (run.new, 1)}
     times = in_turns(timed, setting.repeats)
-    active = active_experts(model, ids, run.new)
+    active = active_experts(recorded(model, ids, run.new), run.new)
     rows = []
     for name in calls:
         whole, prefill = times[f"{name} {run.new}"], times[f"{name} 1"]

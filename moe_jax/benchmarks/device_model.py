@@ -13,11 +13,12 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from .. import generate
+from ..generation import Generated
 from ..model import Model
 from .models import find_config, make
 from .table import Row
 from .timing import Ceilings, Timing, in_turns, once
-from .work import active_experts, cache_bytes, prefill_flops, step_bytes, weights_of
+from .work import active_experts, cache_bytes, prefill_flops, recorded, step_bytes, weights_of
 
 #: How far below the largest logit, in standard deviations, the first token may be: rounding in other orders.
 _TOLERANCE = 0.2
@@ -101,9 +102,10 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
         firsts.append(seconds)
     call(1)
     peak = _peak(options.device)
-    _check(model, ids, made)
+    record = recorded(model, ids, new) if model.architecture.moe_layers else None
+    _check(model, ids, made, record)
     times = in_turns({count: functools.partial(lambda n, turn: call(n), count) for count in {new, 1}}, options.repeats)
-    active = active_experts(model, ids, new) if new > 1 and model.architecture.moe_layers else None
+    active = active_experts(record, new) if new > 1 and record is not None else None
     return Measured(
         batch=batch,
         cold=firsts[0],
@@ -119,9 +121,14 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
     )
 
 
-def _check(model: Model, ids: np.ndarray, made: np.ndarray) -> None:
-    """`ValueError` unless the first row's first new token has, up to rounding, the largest logit of a plain call."""
-    out: Any = model(ids[:1])
+def _check(model: Model, ids: np.ndarray, made: np.ndarray, record: Generated | None) -> None:
+    """`ValueError` unless the first row's first new token has, up to rounding, the largest logit of a plain call.
+
+    The plain call takes the recorded experts: a random router's scores lie so close that rounding alone changes some
+    choices, and each change moves the logits by a tenth of their spread or more.
+    """
+    routing = None if record is None else [layer[:1, : ids.shape[1]] for layer in record.expert_ids]
+    out: Any = model(ids[:1], routing=routing)
     logits = np.asarray(out[0, -1])
     off = float(logits.max() - logits[made[0, ids.shape[1]]]) / float(logits.std())
     if not off <= _TOLERANCE:

@@ -10,7 +10,7 @@ import numpy as np
 from .. import generate
 from ..block_config import Architecture, LayerConfig
 from ..cache import entry_shapes, make_cache
-from ..generation import bucket
+from ..generation import Generated, bucket
 from ..model import Model
 from ..weights import flattened, parameters
 
@@ -83,8 +83,14 @@ def _seen(layer: LayerConfig, positions: np.ndarray) -> np.ndarray:
     return seen if layer.window is None else np.minimum(seen, layer.window)
 
 
-def active_experts(model: Model, ids: np.ndarray, new: int) -> float:
-    """Mean over decode steps of the experts that a step runs, in all layers together."""
+def recorded(model: Model, ids: np.ndarray, new: int) -> Generated:
+    """`new` tokens behind `ids` with the experts that ran."""
     made: Any = generate(model, ids, max_new_tokens=new, eos_token_id=(), return_record=True)
-    steps = range(ids.shape[1], ids.shape[1] + new - 1)
+    return made
+
+
+def active_experts(made: Generated, new: int) -> float:
+    """Mean over the decode steps of a record of the experts that a step runs, in all layers together."""
+    total = made.ids.shape[1]
+    steps = range(total - new, total - 1)
     return float(np.mean([sum(len(np.unique(layer[:, t])) for layer in made.expert_ids) for t in steps]))

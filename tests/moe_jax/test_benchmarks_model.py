@@ -98,8 +98,8 @@ def test_active_parameters_of_real_models():
 
 def test_active_experts():
     model = Model.initialize(tiny_config())
-    assert work.active_experts(model, np.asarray([[1, 2, 3]]), 4) == 4.0  # two layers, two choices
-    assert 4.0 < work.active_experts(model, np.arange(24).reshape(8, 3), 4) <= 8.0
+    assert work.active_experts(work.recorded(model, np.asarray([[1, 2, 3]]), 4), 4) == 4.0  # two layers, two choices
+    assert 4.0 < work.active_experts(work.recorded(model, np.arange(24).reshape(8, 3), 4), 4) <= 8.0
 
 
 def test_rows(monkeypatch):
