@@ -24,7 +24,7 @@ from . import xla_tiles
 
 # The best on an H100 (docs/benchmarks.md): inputs of each choice that the second product reads at once, and its warps.
 _DOWN_STEP, _DOWN_WARPS = 256, 4
-_TILE = 8192  # inputs of all choices that a program holds at once
+_HELD = 8192  # inputs of all choices together that one of its programs reads at once, at most
 
 
 def refuse(x, ids, weights, experts, plan, layer, residual) -> str | None:
@@ -126,7 +126,7 @@ def moe_jax_expert_down_row(layer, hidden, ids, weights, down, bias, residual, o
         at = hidden.at[jnp.broadcast_to(choice[:, None], shape), jnp.broadcast_to(columns[None, :], shape)]
         return pltriton.load(at, mask=mask, other=0.0).astype(jnp.float32)
 
-    most = max(128, min(_DOWN_STEP, _TILE // choice.shape[0]))
+    most = max(128, min(_DOWN_STEP, _HELD // choice.shape[0]))
     (y,) = stored.row_products([down], matrix, row, load, most, real)
     if bias is not None:
         y += pltriton.load(bias.at[matrix, row], mask=real, other=0.0).astype(jnp.float32)

@@ -97,7 +97,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
         @pl.when(program == first)
         def _():
             share = factor()
-            for column, there in _pieces(x_ref.shape[1]):
+            for _, column, there in _pieces(x_ref.shape[1]):
                 y = (load(column, there)[0] * share).astype(x_ref.dtype)
                 pltriton.store(outs[-1].at[jnp.zeros_like(column), column], y, mask=there)
 
@@ -119,15 +119,11 @@ def _normed(x_ref, norm):
     def factor():
         if norm is None:
             return jnp.float32(1)
-        squares = [jnp.sum(jnp.square(load(column, there, False))) for column, there in _pieces(x_ref.shape[1])]
+        squares = [jnp.sum(jnp.square(load(column, there, False))) for _, column, there in _pieces(x_ref.shape[1])]
         return lax.rsqrt(sum(squares) / x_ref.shape[1] + norm.epsilon)
 
     return load, factor
 
 
 def _pieces(width):
-    """Columns `STEP` at a time, and which of them there are."""
-    size = min(STEP, pl.next_power_of_2(width))
-    for first in range(0, width, size):
-        column = first + lax.iota(jnp.int32, size)
-        yield column, column < width
+    return stored.pieces(width, min(STEP, pl.next_power_of_2(width)))
