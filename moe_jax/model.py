@@ -26,14 +26,14 @@ from .weights import Weights, nested, parameters
 class Record:
     """What a forward pass did.
 
-    `logits [B, T, V]` float32; `hidden_states [L+1, B, T, D]`, the embedding first, each layer's output, the last one
-    after the final norm. One entry per MoE layer, in order: `router_logits [B, T, E]` float32 (E may differ between
-    layers), `expert_ids
-    [B, T, A]` in the smallest signed integer type that holds them, ascending (-1: padding, no expert ran),
-    `expert_weights [B, T, A]` float32 in the same order.
+    `logits [B, T, V]` float32, T only the last columns with `logits_to_keep`; `hidden_states [L+1, B, T, D]`, the
+    embedding first, each layer's output, the last one after the final norm. One entry per MoE layer, in order:
+    `router_logits [B, T, E]` float32 (E may differ between layers), `expert_ids [B, T, A]` in the smallest signed
+    integer type that holds them, ascending (-1: padding, no expert ran), `expert_weights [B, T, A]` float32 in the
+    same order.
     """
 
-    logits: Float[Array, "B T V"]
+    logits: Float[Array, "B kept V"]
     hidden_states: Float[Array, "L B T D"]
     router_logits: tuple[Float[Array, "B T _"], ...]
     expert_ids: tuple[Int[Array, "B T A"], ...]
@@ -110,19 +110,24 @@ class Model(nnx.Module):
         attention_mask: Int[AnyArray, "B T"] | Sequence[Sequence[int]] | None = None,
         return_record: bool = False,
         routing: "Record | Sequence[AnyArray] | None" = None,
-    ) -> Float[Array, "B T V"] | Record:
-        """Logits of every position.
+        logits_to_keep: int | None = None,
+    ) -> Float[Array, "B kept V"] | Record:
+        """Logits of every position, or of the last `logits_to_keep`.
 
         Args: `input_ids` int `[B, T]`; `attention_mask` `[B, T]`, 1 for real tokens, padding on either side;
         `return_record`: return a `Record` of logits, hidden states and routing; `routing`: a record (or its
-        `expert_ids`) whose choices are forced, weighed by this model's own scores.
-        Returns float32 `[B, T, V]`; what stands at padded positions means nothing.
+        `expert_ids`) whose choices are forced, weighed by this model's own scores; `logits_to_keep`: make the logits
+        of so many last columns only (all if None), which a long text with a large vocabulary has no memory for.
+        Returns float32 `[B, T, V]`, T the columns that are kept; what stands at padded positions means nothing.
         Raises `ValueError` for ids outside the vocabulary, more tokens than the context, masks and routing that do
-        not fit.
+        not fit, and fewer than one column to keep.
         """
         ids, mask = check_inputs(self.config, input_ids, attention_mask)
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise ValueError(f"logits_to_keep: {logits_to_keep}, expected at least 1, or None for all")
         forced = forced_ids(self.architecture, routing, ids.shape)
-        out = _forward(self.architecture, self.implementation, return_record, self.arrays(), ids, mask, forced)
+        static = self.architecture, self.implementation, return_record, logits_to_keep
+        out = _forward(*static, self.arrays(), ids, mask, forced)
         return _as_record(self.architecture, *out) if return_record else out[0]
 
 
@@ -202,14 +207,15 @@ def id_dtype(num_experts: int) -> Any:
     return jnp.int8 if num_experts <= 128 else jnp.int16
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _forward(architecture, implementation, trace, weights, ids, mask, forced):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(architecture, implementation, trace, keep, weights, ids, mask, forced):
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
     span = decoder.make_span(architecture, positions, positions, mask, positions.max() + 1)
     request = RoutingRequest(mask, forced, implementation)
     x, _, notes = decoder.decode(architecture, weights, ids, span, None, request, trace)
     normed = decoder.final(architecture, weights, x)
-    return decoder.logits(architecture, weights, normed), normed, notes
+    kept = normed if keep is None else normed[:, -keep:]
+    return decoder.logits(architecture, weights, kept), normed, notes
 
 
 def ascending(ids: Array, weights: Array, num_experts: int) -> tuple[Array, Array]:
@@ -220,7 +226,7 @@ def ascending(ids: Array, weights: Array, num_experts: int) -> tuple[Array, Arra
 
 
 def _as_record(architecture: Architecture, logits, normed, trace) -> Record:
-    shape = logits.shape[:2]
+    shape = normed.shape[:2]
     hidden = jnp.concatenate([trace.hidden, normed[None]])
     if trace.choices is None:
         return Record(logits, hidden, (), (), ())

@@ -128,7 +128,7 @@ def _check(model: Model, ids: np.ndarray, made: np.ndarray, record: Generated | 
     choices, and each change moves the logits by a tenth of their spread or more.
     """
     routing = None if record is None else [layer[:1, : ids.shape[1]] for layer in record.expert_ids]
-    out: Any = model(ids[:1], routing=routing)
+    out: Any = model(ids[:1], routing=routing, logits_to_keep=1)
     logits = np.asarray(out[0, -1])
     off = float(logits.max() - logits[made[0, ids.shape[1]]]) / float(logits.std())
     if not off <= _TOLERANCE:

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..triton_call import call_triton
 from . import cached, splits
-from .heads import LEAST, Place, padded, prepared
+from .heads import LEAST, Place, padded, prepare
 
 _F32, _I32 = jnp.float32, jnp.int32
 #: Columns that a program reads at once and its warps; columns that are worth a program of their own, and how many
@@ -91,15 +91,16 @@ def moe_jax_attention_decode(layer_ref, lengths, q_ref, k_ref, v_ref, old, limit
     member = lax.iota(_I32, max(LEAST, pl.next_power_of_2(group)))
     query = kv * group + jnp.minimum(member, group - 1)
     position = pltriton.load(lengths.at[batch])
-    head, at_value = (layer, batch, kv), Place(batch, layer, lax.iota(_I32, padded(width)), width)
-    start, stop = splits.share(_first(position, limits), position, split, given.splits, _COLUMNS)
-    read = functools.partial(_read, head, (keys, place), (values, at_value), start, stop, q_ref.dtype)
-    first = read(0)  # on its way before anything is computed
-
-    q = prepared(q_ref, query, place, norm and (norm.q, norm.epsilon), rotary)
-    k = prepared(k_ref, jnp.full((1,), kv, _I32), place, norm and (norm.k, norm.epsilon), rotary)
-    v = prepared(v_ref, jnp.full((1,), kv, _I32), at_value, None, None)
+    at_value = Place(batch, layer, lax.iota(_I32, padded(width)), width)
+    only = jnp.full((1,), kv, _I32)
+    parts = [
+        prepare(q_ref, query, place, norm and (norm.q, norm.epsilon), rotary),
+        prepare(k_ref, only, place, norm and (norm.k, norm.epsilon), rotary),
+        prepare(v_ref, only, at_value, None, None),
+    ]
+    q, k, v = (finish() for finish in parts)
     (new_k, k), (new_v, v) = cached.as_stored(keys, k), cached.as_stored(values, v)
+    head = layer, batch, kv
 
     @pl.when((split == 0) & (position < keys.shape[3]))
     def _():
@@ -111,10 +112,12 @@ def moe_jax_attention_decode(layer_ref, lengths, q_ref, k_ref, v_ref, old, limit
     top = jnp.where(mine, score, splits.MASKED)
     total = jnp.where(mine, jnp.ones_like(score), 0.0)
     mixed = jnp.where(mine, jnp.broadcast_to(v, (member.shape[0], v.shape[1])), 0.0)
-    step = functools.partial(_step, given.scale, q.astype(q_ref.dtype), stop)
+    start, stop = splits.share(_first(position, limits), position, split, given.splits, _COLUMNS)
+    step = functools.partial(
+        _step, given.scale, head, q.astype(q_ref.dtype), (keys, place), (values, at_value), start, stop
+    )
     blocks = lax.div(jnp.maximum(stop - start, 0) + (_COLUMNS - 1), _I32(_COLUMNS))
-    carry = step(first, (top, total, mixed))
-    top, total, mixed = lax.fori_loop(1, blocks, lambda i, carry: step(read(i), carry), carry)
+    top, total, mixed = lax.fori_loop(0, blocks, step, (top, total, mixed))
 
     if given.splits == 1 and sinks is not None:
         sink = pltriton.load(sinks.at[jnp.full(query.shape, layer, _I32), query]).astype(_F32)
@@ -138,20 +141,16 @@ def _first(position, limits):
     return first
 
 
-def _read(head, keys, values, start, stop, dtype, i):
-    """The `i`-th `_COLUMNS` columns from `start` on: their numbers, keys and values."""
-    column = start + i * _COLUMNS + lax.iota(_I32, _COLUMNS)
-    read = lambda stack, place: cached.columns(stack, head, column, column < stop, place.component, place.real, dtype)
-    return column, read(*keys), read(*values)
-
-
-def _step(scale, q, stop, block, carry):
+def _step(scale, head, q, keys, values, start, stop, i, carry):
     """`_COLUMNS` more columns; an entry's scale goes to its score, and to its power before values are added up."""
-    column, (k, k_scales), (v, v_scales) = block
+    column = start + i * _COLUMNS + lax.iota(_I32, _COLUMNS)
+    there = column < stop
+    read = lambda stack, place: cached.columns(stack, head, column, there, place.component, place.real, q.dtype)
+    (k, k_scales), (v, v_scales) = read(*keys), read(*values)
     scores = pltriton.dot(q, k.T) * scale
     if k_scales is not None:
         scores *= k_scales[None, :]
-    scores = jnp.where((column < stop)[None, :], scores, splits.MASKED)
+    scores = jnp.where(there[None, :], scores, splits.MASKED)
 
     def weigh(powers):
         powers = powers if v_scales is None else powers * v_scales[None, :]

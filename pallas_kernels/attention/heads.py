@@ -33,62 +33,64 @@ def padded(size: int) -> int:
     return max(LEAST, pl.next_power_of_2(size))
 
 
-def prepared(ref, heads, place, norm, rotary):
-    """Normed and rotated `[heads, H padded]` of `ref [B, heads, H]`, in float32, rounded as the plain operations do.
+def prepare(ref, heads, place, norm, rotary):
+    """Normed and rotated `[heads, H padded]` of `ref [B, heads, H]`, as a function without arguments.
 
-    `norm`: scales, a stack of them for one head or for all together, and epsilon; None for none.
+    What it needs is on its way when this returns: a program that prepares all of its vectors before it asks for the
+    first waits for memory once. They are in float32, rounded as the plain operations do. `norm`: scales, a stack of
+    them for one head or for all together, and epsilon; None for none.
     """
+    scales, epsilon = norm or (None, None)
+    together = norm is not None and len(scales.shape) == 3
 
-    def load(component, real):
+    def read(component, real):
+        """Components of all heads, and their scales."""
         shape = heads.shape[0], component.shape[0]
         where = place.batch, heads[:, None], place.first + component[None, :]
         at = tuple(jnp.broadcast_to(i, shape) for i in where)
-        mask = jnp.broadcast_to(real[None, :], shape)
-        return pltriton.load(ref.at[at], mask=mask, other=0.0).astype(_F32)
+        x = pltriton.load(ref.at[at], mask=jnp.broadcast_to(real[None, :], shape), other=0.0).astype(_F32)
+        if norm is None:
+            return x, None
+        shape = shape if together else (1, component.shape[0])
+        lead = (place.layer, heads[:, None]) if together else (place.layer,)
+        at = tuple(jnp.broadcast_to(i, shape) for i in (*lead, component[None, :]))
+        real = jnp.broadcast_to((component < place.size)[None, :], shape)
+        return x, pltriton.load(scales.at[at], mask=real, other=0.0).astype(_F32)
 
-    rounded = lambda x: x.astype(ref.dtype).astype(_F32)
-    x = load(place.component, place.real)
-    scaled = lambda x, component: x
-    if norm is not None:
-        scales, epsilon = norm
-        together = len(scales.shape) == 3
-        share = (
-            _share(ref, place, epsilon)
-            if together
-            else lax.rsqrt(jnp.sum(x * x, axis=1) / place.size + epsilon)[:, None]
-        )
+    own, c = read(place.component, place.real), place.component
+    every = _all_heads(ref, place) if together else None
+    if rotary is not None:
+        half = rotary.cos.shape[1]
+        if rotary.interleaved:
+            angle, partner, second = c >> 1, c ^ 1, (c & 1) == 1
+        else:
+            second = c >= half
+            angle, partner = jnp.where(second, c - half, c), jnp.where(second, c - half, c + half)
+        turned = c < 2 * half
+        angle, partner = jnp.where(turned, angle, 0), jnp.where(turned, partner, 0)
+        other, at = read(partner, turned), (jnp.full(c.shape, place.batch, _I32), angle)
+        cos, sin = pltriton.load(rotary.cos.at[at]), pltriton.load(rotary.sin.at[at])
 
-        def scaled(x, component):
-            shape = (heads.shape[0], component.shape[0]) if together else (1, component.shape[0])
-            lead = (place.layer, heads[:, None]) if together else (place.layer,)
-            at = [jnp.broadcast_to(i, shape) for i in (*lead, component[None, :])]
-            real = jnp.broadcast_to((component < place.size)[None, :], shape)
-            return rounded(x * share * pltriton.load(scales.at[tuple(at)], mask=real, other=0.0).astype(_F32))
+    def finish():
+        rounded = lambda x: x.astype(ref.dtype).astype(_F32)
+        if together:
+            share = lax.rsqrt(jnp.sum(every * every) / (ref.shape[1] * ref.shape[2]) + epsilon)
+        elif norm is not None:
+            share = lax.rsqrt(jnp.sum(own[0] * own[0], axis=1) / place.size + epsilon)[:, None]
+        scaled = lambda x, scale: x if norm is None else rounded(x * share * scale)
+        x = scaled(*own)
+        if rotary is None:
+            return x
+        y = x * cos[None, :] + jnp.where(second, sin, -sin)[None, :] * scaled(*other)
+        return rounded(jnp.where(turned[None, :], y, x))
 
-    x = scaled(x, place.component)
-    if rotary is None:
-        return x
-    half = rotary.cos.shape[1]
-    c = place.component
-    if rotary.interleaved:
-        angle, partner, second = c >> 1, c ^ 1, (c & 1) == 1
-    else:
-        second = c >= half
-        angle, partner = jnp.where(second, c - half, c), jnp.where(second, c - half, c + half)
-    turned = c < 2 * half
-    angle, partner = jnp.where(turned, angle, 0), jnp.where(turned, partner, 0)
-    at = jnp.full(c.shape, place.batch, _I32), angle
-    cos, sin = pltriton.load(rotary.cos.at[at]), pltriton.load(rotary.sin.at[at])
-    other = scaled(load(partner, turned), partner)
-    y = x * cos[None, :] + jnp.where(second, sin, -sin)[None, :] * other
-    return rounded(jnp.where(turned[None, :], y, x))
+    return finish
 
 
-def _share(ref, place, epsilon):
-    """One over the root mean square of all heads of a row together."""
+def _all_heads(ref, place):
+    """All heads of a row, in float32."""
     heads, size = ref.shape[1:]
     head = lax.iota(_I32, pl.next_power_of_2(heads))
     shape = head.shape[0], place.component.shape[0]
     at = [jnp.broadcast_to(i, shape) for i in (place.batch, head[:, None], place.component[None, :])]
-    x = pltriton.load(ref.at[tuple(at)], mask=(head < heads)[:, None] & place.real[None, :], other=0.0).astype(_F32)
-    return lax.rsqrt(jnp.sum(x * x) / (heads * size) + epsilon)
+    return pltriton.load(ref.at[tuple(at)], mask=(head < heads)[:, None] & place.real[None, :], other=0.0).astype(_F32)

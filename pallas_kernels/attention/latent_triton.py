@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..triton_call import call_triton
 from . import cached, splits
-from .heads import LEAST, Place, padded, prepared
+from .heads import LEAST, Place, padded, prepare
 
 _F32, _I32 = jnp.float32, jnp.int32
 #: Heads in a block -> columns that are read at once, warps, stages.
@@ -98,8 +98,13 @@ def moe_jax_attention_latent(layer_ref, lengths, absorbed_ref, q_ref, new_ref, o
     at_latent = Place(batch, layer, lax.iota(_I32, padded(rank)), rank)
     at_rotary = Place(batch, layer, lax.iota(_I32, padded(turned)), turned, rank)
 
-    latent = prepared(new_ref, only, at_latent, None if norm is None else (norm, given.epsilon), None)
-    k = prepared(new_ref, only, at_rotary, None, rotary)
+    parts = [
+        prepare(new_ref, only, at_latent, None if norm is None else (norm, given.epsilon), None),
+        prepare(new_ref, only, at_rotary, None, rotary),
+        prepare(absorbed_ref, head, at_latent, None, None),
+        prepare(q_ref, head, dataclasses.replace(at_rotary, first=q_ref.shape[2] - turned), None, rotary),
+    ]
+    latent, k, absorbed, q = (finish() for finish in parts)
     (new_latent, latent), (new_k, k) = cached.as_stored(latents, latent), cached.as_stored(rotaries, k)
     lead = layer, batch
 
@@ -108,8 +113,6 @@ def moe_jax_attention_latent(layer_ref, lengths, absorbed_ref, q_ref, new_ref, o
         cached.write(latents, new_latent, lead, position, at_latent.component, at_latent.real)
         cached.write(rotaries, new_k, lead, position, at_rotary.component, at_rotary.real)
 
-    absorbed = prepared(absorbed_ref, head, at_latent, None, None)
-    q = prepared(q_ref, head, dataclasses.replace(at_rotary, first=q_ref.shape[2] - turned), None, rotary)
     mine = split == 0  # the new token belongs to the first split
     score = (jnp.sum(absorbed * latent, axis=1) + jnp.sum(q * k, axis=1)) * given.scale
     top = jnp.where(mine, score, splits.MASKED)

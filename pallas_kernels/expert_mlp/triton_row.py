@@ -93,11 +93,11 @@ def moe_jax_expert_up_row(layer, x, ids, gate, gate_bias, up, up_bias, out, *, a
     choice = lax.div(pl.program_id(0), jnp.int32(strips))
     target = lax.rem(pl.program_id(0), jnp.int32(strips)) * tile.rows + lax.iota(jnp.int32, tile.rows)
     row = jnp.minimum(target, hidden - 1)
-    expert = pltriton.load(ids.at[jnp.zeros_like(choice), choice])
+    first, expert = layer[0] * per_layer, pltriton.load(ids.at[jnp.zeros_like(choice), choice])
 
     @pl.when((expert >= 0) & (expert < per_layer))
     def _():
-        matrix = layer[0] * per_layer + expert
+        matrix = first + expert
 
         kernels = [pair for pair in ((gate, gate_bias), (up, up_bias)) if pair[0] is not None]
         load = functools.partial(_load_row, x)
@@ -126,15 +126,17 @@ def moe_jax_expert_down_row(layer, hidden, ids, weights, down, bias, residual, o
         at = hidden.at[jnp.broadcast_to(choice[:, None], shape), jnp.broadcast_to(columns[None, :], shape)]
         return pltriton.load(at, mask=mask, other=0.0).astype(jnp.float32)
 
+    # what is added at the end is on its way first
+    shift = None if bias is None else pltriton.load(bias.at[matrix, row], mask=real, other=0.0).astype(jnp.float32)
+    at = jnp.zeros_like(column), column
+    before = None if residual is None else pltriton.load(residual.at[at]).astype(jnp.float32)
     most = max(128, min(_DOWN_STEP, _HELD // choice.shape[0]))
     (y,) = stored.row_products([down], matrix, row, load, most, real)
     if bias is not None:
-        y += pltriton.load(bias.at[matrix, row], mask=real, other=0.0).astype(jnp.float32)
+        y += shift
     total = jnp.sum(jnp.where(real, y * weight, 0))
-    at = jnp.zeros_like(column), column
     if residual is not None:
-        total = total.astype(out.dtype).astype(jnp.float32)  # rounded first, as without a residual
-        total += pltriton.load(residual.at[at]).astype(jnp.float32)
+        total = total.astype(out.dtype).astype(jnp.float32) + before  # rounded first, as without a residual
     pltriton.store(out.at[at], total.astype(out.dtype))
 
 

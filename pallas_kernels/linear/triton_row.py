@@ -21,7 +21,9 @@ from . import stored
 #: Most rows of a kernel per program, inputs read at once, most warps: the best on an H100 (docs/benchmarks.md).
 ROWS, STEP, WARPS = 4, 2048, 4
 _PROGRAMS = 256  # at least, where a kernel has so many rows
-_ENOUGH = 16384  # rows from which on programs of a single one are too many; fewer rows are better without a norm
+#: Without a norm and with fewer rows than `_ENOUGH`, a program has one row if that is up to `_SHORT` bytes, else two:
+#: the next kernel starts when all of this one's programs have.
+_ENOUGH, _SHORT = 16384, 4096
 
 
 def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | None:
@@ -45,17 +47,18 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, interpre
         norm = dataclasses.replace(norm, scale=scale, layer=_index(norm.layer))
     sizes = [kernel.shape[1] for kernel in kernels]
     outputs = [((1, size), dtype or x.dtype) for size in sizes] + [(x.shape, x.dtype)] * normed
-    rows = _rows(sizes, norm is not None)
+    quantized = any(map(is_quantized, kernels))
+    rows = _rows(sizes, x.shape[1] * (1 if quantized else x.dtype.itemsize), norm is not None)
     programs = [pl.cdiv(size, per_program) for size, per_program in zip(sizes, rows, strict=True)]
     kernel = functools.partial(moe_jax_linear_row, rows=rows, programs=programs, normed=normed)
     operands = _index(layer), x, kernels, norm, biases, residual
-    warps = _warps(x.shape[1], any(map(is_quantized, kernels)))
+    warps = _warps(x.shape[1], quantized)
     return call_triton(kernel, "moe_jax_linear_row", sum(programs) + normed, outputs, warps, interpret, operands)
 
 
-def _rows(sizes, with_norm):
-    """Rows of each kernel per program."""
-    most = ROWS if with_norm or sum(sizes) >= _ENOUGH else 1
+def _rows(sizes, nbytes, with_norm):
+    """Rows of each kernel per program; `nbytes` are a row's."""
+    most = ROWS if with_norm or sum(sizes) >= _ENOUGH else 1 if nbytes <= _SHORT else 2
     return [max(1, min(most, pl.next_power_of_2(size // _PROGRAMS))) for size in sizes]
 
 
@@ -73,22 +76,22 @@ interpreted = functools.partial(linear, interpret=True)
 def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs, rows, programs, normed):
     """One program: `rows[i]` outputs of kernel i; the last one, if asked for, the normed row."""
     layer, program = layer_ref[0], pl.program_id(0)
-    load, factor = _normed(x_ref, norm)
     first = 0
     for i, kernel in enumerate(kernels):
 
         @pl.when((program >= first) & (program < first + programs[i]))
         def _(first=first, kernel=kernel, bias=biases[i] if biases else None, out=outs[i], rows=rows[i]):
-            size = kernel.shape[1]
+            size, x = kernel.shape[1], _Row(x_ref, norm)
             target = (program - first) * rows + lax.iota(jnp.int32, rows)
             row = jnp.minimum(target, size - 1)
-            y = stored.row_products([kernel], layer, row, load, STEP)[0] * factor()
+            # what is added at the end is on its way first
+            read = lambda ref, at: None if ref is None else pltriton.load(ref.at[at, row]).astype(jnp.float32)
+            added = read(bias, jnp.full(row.shape, layer, jnp.int32)), read(residual, jnp.zeros_like(row))
+            y = stored.row_products([kernel], layer, row, x.load, STEP)[0] * x.factor()
             if bias is not None:
-                y += pltriton.load(bias.at[jnp.full(row.shape, layer, jnp.int32), row]).astype(jnp.float32)
+                y += added[0]
             if residual is not None:
-                # rounded first, as a product by itself would be
-                y = y.astype(out.dtype).astype(jnp.float32)
-                y += pltriton.load(residual.at[jnp.zeros_like(row), row]).astype(jnp.float32)
+                y = y.astype(out.dtype).astype(jnp.float32) + added[1]  # rounded first, as a product by itself would be
             pltriton.store(out.at[jnp.zeros_like(row), target], y.astype(out.dtype), mask=target < size)
 
         first += programs[i]
@@ -96,33 +99,49 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
 
         @pl.when(program == first)
         def _():
-            share = factor()
+            x = _Row(x_ref, norm)
             for _, column, there in _pieces(x_ref.shape[1]):
-                y = (load(column, there)[0] * share).astype(x_ref.dtype)
+                y = (x.load(column, there)[0] * x.factor()).astype(x_ref.dtype)
                 pltriton.store(outs[-1].at[jnp.zeros_like(column), column], y, mask=there)
 
 
-def _normed(x_ref, norm):
-    """Two functions: columns of `x [1, K]` times the norm's scale, in float32, and the factor that is still to apply.
+class _Row:
+    """The input `[1, K]` as products want it: columns times the norm's scale, and the factor that is still to apply.
 
-    The factor is asked for late, so that the weights are on their way before x is added up.
+    The factor is computed when columns are first asked for: products have read weights by then, which are on their way
+    while x is added up.
     """
 
-    def load(column, there, scaled=norm is not None):
-        mask = {} if there is None else dict(mask=there, other=0.0)
-        x = pltriton.load(x_ref.at[jnp.zeros_like(column), column], **mask).astype(jnp.float32)
-        if scaled:
-            at = norm.scale.at[jnp.full(column.shape, norm.layer[0], jnp.int32), column]
-            x *= pltriton.load(at, **mask).astype(jnp.float32)
+    def __init__(self, ref, norm):
+        self._ref, self._norm, self._factor = ref, norm, None
+        self._layer = None if norm is None else norm.layer[0]
+
+    def load(self, column, there):
+        """Columns in float32, `[1, columns]`."""
+        x = self._columns(column, there)
+        if self._norm is not None:
+            at = self._norm.scale.at[jnp.full(column.shape, self._layer, jnp.int32), column]
+            x *= pltriton.load(at, **_masked(there)).astype(jnp.float32)
+            self.factor()
         return x[None, :]
 
-    def factor():
-        if norm is None:
-            return jnp.float32(1)
-        squares = [jnp.sum(jnp.square(load(column, there, False))) for _, column, there in _pieces(x_ref.shape[1])]
-        return lax.rsqrt(sum(squares) / x_ref.shape[1] + norm.epsilon)
+    def factor(self):
+        if self._factor is None:
+            self._factor = jnp.float32(1)
+            if self._norm is not None:
+                width = self._ref.shape[1]
+                pieces = [self._columns(column, there) for _, column, there in _pieces(width)]
+                squares = sum(jnp.sum(jnp.square(x)) for x in pieces)
+                self._factor = lax.rsqrt(squares / width + self._norm.epsilon)
+        return self._factor
 
-    return load, factor
+    def _columns(self, column, there):
+        at = self._ref.at[jnp.zeros_like(column), column]
+        return pltriton.load(at, **_masked(there)).astype(jnp.float32)
+
+
+def _masked(there):
+    return {} if there is None else dict(mask=there, other=0.0)
 
 
 def _pieces(width):

@@ -56,6 +56,17 @@ def test_record_holds_embedding_and_final_norm():
     np.testing.assert_allclose((last**2).mean(-1), 1, rtol=1e-3)  # the scale of a new model's norm is 1
 
 
+def test_logits_to_keep():
+    """The last columns' logits alone; the record's other parts stay whole."""
+    kept = tiny()(IDS, LEFT, return_record=True, logits_to_keep=2)
+    np.testing.assert_allclose(kept.logits, recorded().logits[:, -2:], atol=1e-6)
+    assert kept.hidden_states.shape == (3, 2, 9, 32) and kept.expert_ids[0].shape == (2, 9, 2)
+    np.testing.assert_array_equal(tiny()(IDS, LEFT, logits_to_keep=2), kept.logits)
+    assert tiny()(IDS, logits_to_keep=99).shape == (2, 9, 96)  # as many as there are
+    with pytest.raises(ValueError, match="logits_to_keep: 0, expected at least 1"):
+        tiny()(IDS, logits_to_keep=0)
+
+
 def test_return_record_changes_nothing():
     np.testing.assert_allclose(tiny()(IDS, LEFT), recorded().logits, atol=1e-6)
 
