@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from .. import generate
-from ..generation import Generated
+from ..generation import Generated, _Run  # prefill and steps apart, which `generate` does not show
 from ..model import Model
 from .models import find_config, make
 from .table import Row
@@ -50,13 +49,18 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Seconds of whole calls, and what they moved. `cold` and `warm`: first calls; `peak`: bytes, None: not known."""
+    """Seconds, and what was moved meanwhile.
+
+    `cold` and `warm`: first calls; `whole` calls; `first`: until the first token stands; `steps`: from then on to the
+    last, None without any; `peak`: bytes, None: not known.
+    """
 
     batch: int
     cold: float
     warm: float
     whole: Timing
     first: Timing
+    steps: Timing | None
     nbytes: float
     flops: float
     active: float | None
@@ -94,24 +98,28 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
     prompt, new = options.prompt, 1 if options.case == "prefill" else options.new
     vocab = model.architecture.vocab_size
     ids = np.random.default_rng(batch).integers(min(2, vocab - 1), vocab, (batch, prompt), dtype=np.int32)
-    call = lambda new: generate(model, ids, max_new_tokens=new, eos_token_id=())
+    call = lambda turn=0: generate(model, ids, max_new_tokens=new, eos_token_id=())
     firsts = []
     for _ in range(2):
         jax.clear_caches()
-        made, seconds = once(lambda: call(new))
+        made, seconds = once(call)
         firsts.append(seconds)
-    call(1)
     peak = _peak(options.device)
     record = recorded(model, ids, new) if model.architecture.moe_layers else None
     _check(model, ids, made, record)
-    times = in_turns({count: functools.partial(lambda n, turn: call(n), count) for count in {new, 1}}, options.repeats)
+    whole = in_turns({new: call}, options.repeats)[new]
+    first, steps = whole, None
+    if new > 1:
+        apart = [_phases(model, ids, new) for _ in range(options.repeats)]
+        first, steps = (Timing(samples) for samples in zip(*apart, strict=True))
     active = active_experts(record, new) if new > 1 and record is not None else None
     return Measured(
         batch=batch,
         cold=firsts[0],
         warm=firsts[1],
-        whole=times[new],
-        first=times[1],
+        whole=whole,
+        first=first,
+        steps=steps,
         nbytes=step_bytes(model, batch, prompt, new, active or 0.0) if new > 1 else 0.0,
         flops=prefill_flops(model.architecture, batch, prompt),
         active=active,
@@ -119,6 +127,22 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
         weights=weights_of(model).total,
         cache=cache_bytes(model, batch, prompt, new),
     )
+
+
+def _phases(model: Model, ids: np.ndarray, new: int) -> tuple[float, float]:
+    """Seconds of a call of `generate` until its first token stands, and from then on to its last."""
+
+    def start():
+        run.append(_Run(model, ids, None, new, ()))
+        run[0].start()
+        return run[0].state
+
+    def rest():
+        run[0].advance(new)
+        return run[0].state
+
+    run: list[_Run] = []
+    return once(start)[1], once(rest)[1]
 
 
 def _check(model: Model, ids: np.ndarray, made: np.ndarray, record: Generated | None) -> None:
@@ -167,7 +191,7 @@ def _configure(values: dict[str, Any]) -> None:
 def rows(name: str, options: Options, found: list[Measured | tuple[int, str]], ceilings: Ceilings) -> list[Row]:
     """What `run` found as rows.
 
-    `steady_ms`: a step of decoding, `(t(new) - t(1)) / (new - 1)`, medians; or a prefill with its first token.
+    `steady_ms`: a step of decoding, the median; or a prefill with its first token.
     `roofline`: bytes that a step must move over the measured bandwidth of reading, or a prefill's operations over the
     measured rate of products, as a share of that time. `compile_ms`: what a first call takes beyond a later one.
     """
@@ -188,28 +212,29 @@ def _row(name: str, options: Options, one: Measured | tuple[int, str], ceilings:
     if isinstance(one, tuple):
         return Row(**about, note=one[1])
     new = options.new if decode else 1
-    seconds = (one.whole.median - one.first.median) / (new - 1) if decode else one.first.median
+    seconds = one.first.median if one.steps is None else one.steps.median / (new - 1)
     least = one.nbytes / (ceilings.read * 1e9) if decode else one.flops / (ceilings.matmul * 1e9)
     return Row(
         **about,
         steady_ms=1e3 * seconds,
         compile_ms=1e3 * (one.cold - one.whole.median),
         roofline=least / seconds,
-        values=_values(one, batch * (new if decode else options.prompt), decode),
+        values=_values(one, batch * (new if decode else options.prompt), batch / seconds if decode else None),
         note="" if one.peak else "peak memory: not reported, or an earlier model's",
     )
 
 
-def _values(one: Measured, tokens: int, decode: bool) -> dict[str, float]:
+def _values(one: Measured, tokens: int, rate: float | None) -> dict[str, float]:
+    """`rate`: tokens per second by steps, None of a prefill."""
     gigabytes = {"weights, GB": one.weights / 1e9, "cache, GB": one.cache / 1e9}
     if one.peak:
         gigabytes |= {"peak, GB": one.peak / 1e9, "peak over": one.peak / (one.weights + one.cache + 1e9)}
-    work = {"GB a step": one.nbytes / 1e9} if decode else {"TFLOP": one.flops / 1e12}
+    work = {"GB a step": one.nbytes / 1e9} if rate else {"TFLOP": one.flops / 1e12}
     if one.active is not None:
         work["active experts"] = one.active
     return {
         "tokens/s": tokens / one.whole.median,
-        **({"first token, ms": 1e3 * one.first.median} if decode else {}),
+        **({"by steps": rate, "first token, ms": 1e3 * one.first.median} if rate else {}),
         "compile from cache, s": one.warm - one.whole.median,
         **work,
         **gigabytes,

@@ -54,6 +54,7 @@ def table(rows: Sequence[Row]) -> str:
     decode = rows[0].case == "decode"
     names = {
         "tokens/s": "tokens/s",
+        "by steps": "by steps",
         "steady": "ms a step" if decode else "ms",
         "roofline": "of the memory's rate" if decode else "of the products' rate",
         "first token, ms": "first token, ms",

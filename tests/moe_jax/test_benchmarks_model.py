@@ -112,7 +112,8 @@ def test_rows(monkeypatch):
     assert [one.batch for one in found] == [1, 2]
     assert all(one.cold > one.warm > one.whole.median for one in found)
     first = device_model.rows("mixtral", options, found, CEILINGS)[0]
-    step = found[0].whole.median - found[0].first.median
+    step = found[0].steps.median
+    assert first.values["by steps"] == pytest.approx(3 / step) and found[0].first.median < found[0].whole.median
     assert first.steady_ms == pytest.approx(1e3 * step / 3) and first.shape == "B=1 prompt 4 new 4"
     assert first.roofline == pytest.approx(found[0].nbytes / 20e9 / (step / 3))
     assert first.values["peak over"] == pytest.approx(9.0, rel=0.01)
@@ -127,6 +128,7 @@ def test_prefill_rows():
         warm=2.0,
         whole=timing.Timing((0.5,)),
         first=timing.Timing((0.5,)),
+        steps=None,
         nbytes=0.0,
         flops=1e10,
         active=None,
