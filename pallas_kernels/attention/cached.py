@@ -15,6 +15,7 @@ from ..linear import stored
 from ..quantized import QuantizedArray
 
 _F32, _I32 = jnp.float32, jnp.int32
+LEAST = 16  # rows of a product on tensor cores
 
 
 def refuse(stack: Any) -> str | None:
@@ -38,16 +39,20 @@ def columns(stack: Any, lead: tuple, column: Any, there: Any, component: Any, re
     return block.astype(dtype), pltriton.load(stack.scales.at[at], mask=there, other=0.0)
 
 
-def as_stored(stack: Any, entry: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """What the stack keeps of a new entry `[1, H]` in float32, part by part, and what is read back from it."""
+def as_stored(stack: Any, entry: jax.Array, dtype: Any) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, Any]]:
+    """What the stack keeps of a new entry `[1, H]` in float32, part by part, and the entry as `columns` would read it.
+
+    As a block of columns it stands in all of a tile's.
+    """
+    tile = lambda x: jnp.broadcast_to(x.astype(dtype), (LEAST, x.shape[1]))
     if not isinstance(stack, QuantizedArray):
-        return (entry.astype(stack.dtype),), entry
+        return (entry.astype(stack.dtype),), (tile(entry), None)
     # what is not finite poisons the scale: a maximum does not see NaN on a GPU
     scale = jnp.max(jnp.abs(entry), axis=1) / 127 + jnp.sum(entry * 0, axis=1)
     divisor = jnp.where(scale < jnp.finfo(_F32).tiny, jnp.inf, scale)
     # added to 1.5 * 2^23, numbers lose what is behind the point, half to even
     bits = lax.bitcast_convert_type(entry / divisor[:, None] + 12582912.0, _I32) - 0x4B400000
-    return (bits.astype(jnp.int8), scale), bits.astype(_F32) * scale[:, None]
+    return (bits.astype(jnp.int8), scale), (tile(bits.astype(_F32)), jnp.broadcast_to(scale, (LEAST,)))
 
 
 def write(stack: Any, parts: tuple, lead: tuple, column: Any, component: Any, real: Any) -> None:

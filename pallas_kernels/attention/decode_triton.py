@@ -99,7 +99,7 @@ def moe_jax_attention_decode(layer_ref, lengths, q_ref, k_ref, v_ref, old, limit
         prepare(v_ref, only, at_value, None, None),
     ]
     q, k, v = (finish() for finish in parts)
-    (new_k, k), (new_v, v) = cached.as_stored(keys, k), cached.as_stored(values, v)
+    (new_k, k), (new_v, v) = (cached.as_stored(*each, q_ref.dtype) for each in ((keys, k), (values, v)))
     head = layer, batch, kv
 
     @pl.when((split == 0) & (position < keys.shape[3]))
@@ -107,17 +107,13 @@ def moe_jax_attention_decode(layer_ref, lengths, q_ref, k_ref, v_ref, old, limit
         cached.write(keys, new_k, head, position, place.component, place.real)
         cached.write(values, new_v, head, position, at_value.component, at_value.real)
 
-    mine = split == 0  # the new token belongs to the first split
-    score = jnp.sum(q * k, axis=1) * given.scale
-    top = jnp.where(mine, score, splits.MASKED)
-    total = jnp.where(mine, jnp.ones_like(score), 0.0)
-    mixed = jnp.where(mine, jnp.broadcast_to(v, (member.shape[0], v.shape[1])), 0.0)
+    q = q.astype(q_ref.dtype)
+    own = (lax.iota(_I32, LEAST) == 0) & (split == 0)  # the new token belongs to the first split
+    carry = _attend(given.scale, q, own, k, v, splits.nothing(member.shape[0], at_value.component.shape[0]))
     start, stop = splits.share(_first(position, limits), position, split, given.splits, _COLUMNS)
-    step = functools.partial(
-        _step, given.scale, head, q.astype(q_ref.dtype), (keys, place), (values, at_value), start, stop
-    )
+    step = functools.partial(_step, given.scale, head, q, (keys, place), (values, at_value), start, stop)
     blocks = lax.div(jnp.maximum(stop - start, 0) + (_COLUMNS - 1), _I32(_COLUMNS))
-    top, total, mixed = lax.fori_loop(0, blocks, step, (top, total, mixed))
+    top, total, mixed = lax.fori_loop(0, blocks, step, carry)
 
     if given.splits == 1 and sinks is not None:
         sink = pltriton.load(sinks.at[jnp.full(query.shape, layer, _I32), query]).astype(_F32)
@@ -142,11 +138,16 @@ def _first(position, limits):
 
 
 def _step(scale, head, q, keys, values, start, stop, i, carry):
-    """`_COLUMNS` more columns; an entry's scale goes to its score, and to its power before values are added up."""
+    """`_COLUMNS` more columns of the cache."""
     column = start + i * _COLUMNS + lax.iota(_I32, _COLUMNS)
     there = column < stop
     read = lambda stack, place: cached.columns(stack, head, column, there, place.component, place.real, q.dtype)
-    (k, k_scales), (v, v_scales) = read(*keys), read(*values)
+    return _attend(scale, q, there, read(*keys), read(*values), carry)
+
+
+def _attend(scale, q, there, keys, values, carry):
+    """A block of columns more; an entry's scale goes to its score, and to its power before values are added up."""
+    (k, k_scales), (v, v_scales) = keys, values
     scores = pltriton.dot(q, k.T) * scale
     if k_scales is not None:
         scores *= k_scales[None, :]

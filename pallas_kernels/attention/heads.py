@@ -8,8 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from .cached import LEAST
+
 _F32, _I32 = jnp.float32, jnp.int32
-LEAST = 16  # rows of a product on tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +44,20 @@ def prepare(ref, heads, place, norm, rotary):
     scales, epsilon = norm or (None, None)
     together = norm is not None and len(scales.shape) == 3
 
-    def read(component, real):
-        """Components of all heads, and their scales."""
+    def load(ref, lead, component, real=None):
+        """`ref[lead, component]` for all heads, each thread what it multiplies: nothing changes hands later."""
         shape = heads.shape[0], component.shape[0]
-        where = place.batch, heads[:, None], place.first + component[None, :]
-        at = tuple(jnp.broadcast_to(i, shape) for i in where)
-        x = pltriton.load(ref.at[at], mask=jnp.broadcast_to(real[None, :], shape), other=0.0).astype(_F32)
+        at = ref.at[tuple(jnp.broadcast_to(i, shape) for i in (*lead, component[None, :]))]
+        mask = {} if real is None else dict(mask=jnp.broadcast_to(real[None, :], shape), other=0.0)
+        return pltriton.load(at, **mask).astype(_F32)
+
+    def read(component, real):
+        """Components of the heads, and their scales."""
+        x = load(ref, (place.batch, heads[:, None]), place.first + component, real)
         if norm is None:
             return x, None
-        shape = shape if together else (1, component.shape[0])
         lead = (place.layer, heads[:, None]) if together else (place.layer,)
-        at = tuple(jnp.broadcast_to(i, shape) for i in (*lead, component[None, :]))
-        real = jnp.broadcast_to((component < place.size)[None, :], shape)
-        return x, pltriton.load(scales.at[at], mask=real, other=0.0).astype(_F32)
+        return x, load(scales, lead, component, component < place.size)
 
     own, c = read(place.component, place.real), place.component
     every = _all_heads(ref, place) if together else None
@@ -68,8 +70,10 @@ def prepare(ref, heads, place, norm, rotary):
             angle, partner = jnp.where(second, c - half, c), jnp.where(second, c - half, c + half)
         turned = c < 2 * half
         angle, partner = jnp.where(turned, angle, 0), jnp.where(turned, partner, 0)
-        other, at = read(partner, turned), (jnp.full(c.shape, place.batch, _I32), angle)
-        cos, sin = pltriton.load(rotary.cos.at[at]), pltriton.load(rotary.sin.at[at])
+        if not rotary.interleaved and half % 8 == 0:
+            angle, partner = _in_order(angle), _in_order(partner)
+        other = read(partner, turned)
+        cos, sin = (load(table, (place.batch,), angle) for table in (rotary.cos, rotary.sin))
 
     def finish():
         rounded = lambda x: x.astype(ref.dtype).astype(_F32)
@@ -81,10 +85,15 @@ def prepare(ref, heads, place, norm, rotary):
         x = scaled(*own)
         if rotary is None:
             return x
-        y = x * cos[None, :] + jnp.where(second, sin, -sin)[None, :] * scaled(*other)
+        y = x * cos + jnp.where(second[None, :], sin, -sin) * scaled(*other)
         return rounded(jnp.where(turned[None, :], y, x))
 
     return finish
+
+
+def _in_order(components):
+    """Components of which each eight follow each other, which Triton cannot see through a choice: it loads them at once."""
+    return pltriton.max_contiguous(pl.multiple_of(components, 8), 8)
 
 
 def _all_heads(ref, place):

@@ -105,7 +105,8 @@ def moe_jax_attention_latent(layer_ref, lengths, absorbed_ref, q_ref, new_ref, o
         prepare(q_ref, head, dataclasses.replace(at_rotary, first=q_ref.shape[2] - turned), None, rotary),
     ]
     latent, k, absorbed, q = (finish() for finish in parts)
-    (new_latent, latent), (new_k, k) = cached.as_stored(latents, latent), cached.as_stored(rotaries, k)
+    pairs = (latents, latent), (rotaries, k)
+    (new_latent, latent), (new_k, k) = (cached.as_stored(*pair, q_ref.dtype) for pair in pairs)
     lead = layer, batch
 
     @pl.when((split == 0) & (block == 0) & (position < latents.shape[2]))
@@ -113,16 +114,14 @@ def moe_jax_attention_latent(layer_ref, lengths, absorbed_ref, q_ref, new_ref, o
         cached.write(latents, new_latent, lead, position, at_latent.component, at_latent.real)
         cached.write(rotaries, new_k, lead, position, at_rotary.component, at_rotary.real)
 
-    mine = split == 0  # the new token belongs to the first split
-    score = (jnp.sum(absorbed * latent, axis=1) + jnp.sum(q * k, axis=1)) * given.scale
-    top = jnp.where(mine, score, splits.MASKED)
-    total = jnp.where(mine, jnp.ones_like(score), 0.0)
-    mixed = jnp.where(mine, jnp.broadcast_to(latent, absorbed.shape), 0.0)
-    start, stop = splits.share(jnp.zeros_like(position), position, split, given.splits, given.columns)
     queries = tuple(x.astype(q_ref.dtype) for x in (absorbed, q))
+    own = (lax.iota(_I32, LEAST) == 0) & (split == 0)  # the new token belongs to the first split
+    nothing = splits.nothing(given.heads, at_latent.component.shape[0])
+    carry = _attend(given.scale, queries, own, (latent, k), nothing)
+    start, stop = splits.share(jnp.zeros_like(position), position, split, given.splits, given.columns)
     step = functools.partial(_step, given, queries, ((latents, at_latent), (rotaries, at_rotary)), start, stop)
     turns = lax.div(jnp.maximum(stop - start, 0) + (given.columns - 1), _I32(given.columns))
-    top, total, mixed = lax.fori_loop(0, turns, step, (top, total, mixed))
+    top, total, mixed = lax.fori_loop(0, turns, step, carry)
     if given.splits == 1:
         mixed = mixed / total[:, None]
     sums = mixed, top, total
@@ -130,20 +129,27 @@ def moe_jax_attention_latent(layer_ref, lengths, absorbed_ref, q_ref, new_ref, o
 
 
 def _step(given, queries, stacks, start, stop, i, carry):
-    """`given.columns` more columns; latents are keys and values, so they are read once."""
+    """`given.columns` more columns of the cache."""
     column = start + i * given.columns + lax.iota(_I32, given.columns)
-    there, scores, latents = column < stop, 0.0, None
-    for q, (stack, place) in zip(queries, stacks, strict=True):
-        lead = place.layer, place.batch
-        block, scales = cached.columns(stack, lead, column, there, place.component, place.real, q.dtype)
+    there = column < stop
+    blocks = [
+        cached.columns(stack, (place.layer, place.batch), column, there, place.component, place.real, q.dtype)
+        for q, (stack, place) in zip(queries, stacks, strict=True)
+    ]
+    return _attend(given.scale, queries, there, blocks, carry)
+
+
+def _attend(scale, queries, there, blocks, carry):
+    """A block of columns more: latents, which are keys and values, and what is rotated."""
+    scores = 0.0
+    for q, (block, scales) in zip(queries, blocks, strict=True):
         part = pltriton.dot(q, block.T)
         scores += part if scales is None else part * scales[None, :]
-        latents = (block, scales) if latents is None else latents
-    block, scales = latents
-    scores = jnp.where(there[None, :], scores * given.scale, splits.MASKED)
+    scores = jnp.where(there[None, :], scores * scale, splits.MASKED)
+    latents, scales = blocks[0]
 
     def weigh(powers):
         powers = powers if scales is None else powers * scales[None, :]
-        return pltriton.dot(powers.astype(block.dtype), block)
+        return pltriton.dot(powers.astype(latents.dtype), latents)
 
     return splits.add(carry, scores, weigh)

@@ -37,8 +37,16 @@ def share(first, last, split, splits, block):
     return start, jnp.minimum(start + own, last)
 
 
+def nothing(heads, width):
+    """The running maximum, sum and mix of no column."""
+    return jnp.full((heads,), MASKED, _F32), jnp.zeros((heads,), _F32), jnp.zeros((heads, width), _F32)
+
+
 def add(carry, scores, weigh):
-    """Running maximum, sum and mix with the `scores` of more columns; `weigh` multiplies their powers with values."""
+    """Running maximum, sum and mix with the `scores` of more columns; `weigh` multiplies their powers with values.
+
+    Where all of them are `MASKED`, so is the maximum, and the rest means nothing: whatever is added later erases it.
+    """
     top, total, mixed = carry
     higher = jnp.maximum(top, jnp.max(scores, axis=1))
     powers, shrink = jnp.exp(scores - higher[:, None]), jnp.exp(top - higher)
