@@ -92,7 +92,7 @@ def prepare(ref, heads, place, norm, rotary):
 
 
 def _in_order(components):
-    """Components of which each eight follow each other, which Triton cannot see through a choice: it loads them at once."""
+    """Components of which each eight follow each other: Triton reads them at once, and does not see it by itself."""
     return pltriton.max_contiguous(pl.multiple_of(components, 8), 8)
 
 

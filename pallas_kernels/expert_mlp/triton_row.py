@@ -100,7 +100,7 @@ def moe_jax_expert_up_row(layer, x, ids, gate, gate_bias, up, up_bias, out, *, a
         matrix = first + expert
 
         kernels = [pair for pair in ((gate, gate_bias), (up, up_bias)) if pair[0] is not None]
-        load = functools.partial(_load_row, x)
+        load = functools.partial(_load_row, x, tile.rows)
         found = stored.row_products([kernel for kernel, _ in kernels], matrix, row, load, tile.step)
         for i, (_, bias) in enumerate(kernels):
             if bias is not None:
@@ -156,9 +156,12 @@ def _tile(kernel):
     return _Tile(2, 1024, 4) if is_quantized(kernel) else _Tile(1, 2048, 4)
 
 
-def _load_row(ref, column, there):
-    mask = {} if there is None else dict(mask=there, other=0.0)
-    return pltriton.load(ref.at[jnp.zeros_like(column), column], **mask).astype(jnp.float32)[None, :]
+def _load_row(ref, rows, column, there):
+    """Columns of the one row, `rows` times, so that each thread loads what it multiplies."""
+    shape = rows, column.shape[0]
+    column = jnp.broadcast_to(column[None, :], shape)
+    mask = {} if there is None else dict(mask=jnp.broadcast_to(there[None, :], shape), other=0.0)
+    return pltriton.load(ref.at[jnp.zeros_like(column), column], **mask).astype(jnp.float32)
 
 
 def _load_bias(bias, matrix, row):

@@ -81,7 +81,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
 
         @pl.when((program >= first) & (program < first + programs[i]))
         def _(first=first, kernel=kernel, bias=biases[i] if biases else None, out=outs[i], rows=rows[i]):
-            size, x = kernel.shape[1], _Row(x_ref, norm)
+            size, x = kernel.shape[1], _Row(x_ref, norm, rows)
             target = (program - first) * rows + lax.iota(jnp.int32, rows)
             row = jnp.minimum(target, size - 1)
             # what is added at the end is on its way first
@@ -99,7 +99,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
 
         @pl.when(program == first)
         def _():
-            x = _Row(x_ref, norm)
+            x = _Row(x_ref, norm, 1)
             for _, column, there in _pieces(x_ref.shape[1]):
                 y = (x.load(column, there)[0] * x.factor()).astype(x_ref.dtype)
                 pltriton.store(outs[-1].at[jnp.zeros_like(column), column], y, mask=there)
@@ -109,39 +109,36 @@ class _Row:
     """The input `[1, K]` as products want it: columns times the norm's scale, and the factor that is still to apply.
 
     The factor is computed when columns are first asked for: products have read weights by then, which are on their way
-    while x is added up.
+    while x is added up. Columns come `rows` times, so that each thread loads what it multiplies.
     """
 
-    def __init__(self, ref, norm):
-        self._ref, self._norm, self._factor = ref, norm, None
+    def __init__(self, ref, norm, rows):
+        self._ref, self._norm, self._rows, self._factor = ref, norm, rows, None
         self._layer = None if norm is None else norm.layer[0]
 
     def load(self, column, there):
-        """Columns in float32, `[1, columns]`."""
-        x = self._columns(column, there)
+        """Columns in float32, `[rows, columns]`."""
+        x = self._read(self._ref, 0, self._rows, column, there)
         if self._norm is not None:
-            at = self._norm.scale.at[jnp.full(column.shape, self._layer, jnp.int32), column]
-            x *= pltriton.load(at, **_masked(there)).astype(jnp.float32)
+            x *= self._read(self._norm.scale, self._layer, self._rows, column, there)
             self.factor()
-        return x[None, :]
+        return x
 
     def factor(self):
         if self._factor is None:
             self._factor = jnp.float32(1)
             if self._norm is not None:
                 width = self._ref.shape[1]
-                pieces = [self._columns(column, there) for _, column, there in _pieces(width)]
+                pieces = [self._read(self._ref, 0, 1, column, there) for _, column, there in _pieces(width)]
                 squares = sum(jnp.sum(jnp.square(x)) for x in pieces)
                 self._factor = lax.rsqrt(squares / width + self._norm.epsilon)
         return self._factor
 
-    def _columns(self, column, there):
-        at = self._ref.at[jnp.zeros_like(column), column]
-        return pltriton.load(at, **_masked(there)).astype(jnp.float32)
-
-
-def _masked(there):
-    return {} if there is None else dict(mask=there, other=0.0)
+    def _read(self, ref, lead, rows, column, there):
+        shape = rows, column.shape[0]
+        at = jnp.full(shape, lead, jnp.int32), jnp.broadcast_to(column[None, :], shape)
+        mask = {} if there is None else dict(mask=jnp.broadcast_to(there[None, :], shape), other=0.0)
+        return pltriton.load(ref.at[at], **mask).astype(jnp.float32)
 
 
 def _pieces(width):

@@ -34,7 +34,7 @@ def _bodies(name, layers, changes, monkeypatch):
         patch.setattr(decoder, "block", lambda *a: seen.append(a[3].moe) or block(*a))
         run = model_module._forward.__wrapped__
         ids, mask = jnp.zeros((1, 3), jnp.int32), jnp.ones((1, 3), bool)
-        jax.eval_shape(lambda w: run(architecture, None, False, w, ids, mask, None)[0], made)
+        jax.eval_shape(lambda w: run(architecture, None, False, None, w, ids, mask, None)[0], made)
     return seen.count(True), seen.count(False)
 
 
