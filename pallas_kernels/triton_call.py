@@ -5,10 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from . import compat
+
+_MEETING = 1024  # elements that no single warp holds
 
 
 def call_triton(
@@ -68,3 +71,13 @@ def _launch_next(program):
         result_shape_dtypes=[like],
     )
     return jnp.max(program)
+
+
+def zero_behind_a_barrier(index):
+    """0 as far as `index` is not negative, which the compiler does not know, from a reduction in which all warps meet.
+
+    What a kernel reads before this, it reads before the barrier; what it computes with the result, it computes behind
+    it. Left to itself the compiler puts each read right before its use, behind the wait for the one before: a program
+    of four rows of weights then waits for memory four times, one after the other.
+    """
+    return pl.multiple_of(jnp.max(lax.iota(jnp.int32, _MEETING) & (index >> 31)), 16)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..triton_call import call_triton
+from ..triton_call import call_triton, zero_behind_a_barrier
 from . import cached, splits
 from .heads import LEAST, Place, padded, prepare
 
@@ -98,7 +98,8 @@ def moe_jax_attention_decode(layer_ref, lengths, q_ref, k_ref, v_ref, old, limit
         prepare(k_ref, only, place, norm and (norm.k, norm.epsilon), rotary),
         prepare(v_ref, only, at_value, None, None),
     ]
-    q, k, v = (finish() for finish in parts)
+    zero = zero_behind_a_barrier(layer).astype(_F32)
+    q, k, v = (finish(zero) for finish in parts)
     (new_k, k), (new_v, v) = (cached.as_stored(*each, q_ref.dtype) for each in ((keys, k), (values, v)))
     head = layer, batch, kv
 

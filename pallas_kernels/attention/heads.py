@@ -35,11 +35,12 @@ def padded(size: int) -> int:
 
 
 def prepare(ref, heads, place, norm, rotary):
-    """Normed and rotated `[heads, H padded]` of `ref [B, heads, H]`, as a function without arguments.
+    """Normed and rotated `[heads, H padded]` of `ref [B, heads, H]`, as a function of a zero.
 
-    What it needs is on its way when this returns: a program that prepares all of its vectors before it asks for the
-    first waits for memory once. They are in float32, rounded as the plain operations do. `norm`: scales, a stack of
-    them for one head or for all together, and epsilon; None for none.
+    What it needs is on its way when this returns: a program prepares all of its vectors, asks for a
+    `zero_behind_a_barrier` and then for the first vector, and so waits for memory once. They are in float32, rounded as
+    the plain operations do. `norm`: scales, a stack of them for one head or for all together, and epsilon; None for
+    none.
     """
     scales, epsilon = norm or (None, None)
     together = norm is not None and len(scales.shape) == 3
@@ -59,7 +60,7 @@ def prepare(ref, heads, place, norm, rotary):
         lead = (place.layer, heads[:, None]) if together else (place.layer,)
         return x, load(scales, lead, component, component < place.size)
 
-    own, c = read(place.component, place.real), place.component
+    pairs, c = [read(place.component, place.real)], place.component
     every = _all_heads(ref, place) if together else None
     if rotary is not None:
         half = rotary.cos.shape[1]
@@ -72,20 +73,21 @@ def prepare(ref, heads, place, norm, rotary):
         angle, partner = jnp.where(turned, angle, 0), jnp.where(turned, partner, 0)
         if not rotary.interleaved and half % 8 == 0:
             angle, partner = _in_order(angle), _in_order(partner)
-        other = read(partner, turned)
+        pairs.append(read(partner, turned))
         cos, sin = (load(table, (place.batch,), angle) for table in (rotary.cos, rotary.sin))
 
-    def finish():
+    def finish(zero):
+        (x, scale), *other = ((x + zero, scale) for x, scale in pairs)
         rounded = lambda x: x.astype(ref.dtype).astype(_F32)
         if together:
-            share = lax.rsqrt(jnp.sum(every * every) / (ref.shape[1] * ref.shape[2]) + epsilon)
+            share = lax.rsqrt(jnp.sum(jnp.square(every + zero)) / (ref.shape[1] * ref.shape[2]) + epsilon)
         elif norm is not None:
-            share = lax.rsqrt(jnp.sum(own[0] * own[0], axis=1) / place.size + epsilon)[:, None]
+            share = lax.rsqrt(jnp.sum(x * x, axis=1) / place.size + epsilon)[:, None]
         scaled = lambda x, scale: x if norm is None else rounded(x * share * scale)
-        x = scaled(*own)
+        x = scaled(x, scale)
         if rotary is None:
             return x
-        y = x * cos + jnp.where(second[None, :], sin, -sin) * scaled(*other)
+        y = x * cos + jnp.where(second[None, :], sin, -sin) * scaled(*other[0])
         return rounded(jnp.where(turned[None, :], y, x))
 
     return finish

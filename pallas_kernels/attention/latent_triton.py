@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..triton_call import call_triton
+from ..triton_call import call_triton, zero_behind_a_barrier
 from . import cached, splits
 from .heads import LEAST, Place, padded, prepare
 
@@ -104,7 +104,8 @@ def moe_jax_attention_latent(layer_ref, lengths, absorbed_ref, q_ref, new_ref, o
         prepare(absorbed_ref, head, at_latent, None, None),
         prepare(q_ref, head, dataclasses.replace(at_rotary, first=q_ref.shape[2] - turned), None, rotary),
     ]
-    latent, k, absorbed, q = (finish() for finish in parts)
+    zero = zero_behind_a_barrier(layer).astype(_F32)
+    latent, k, absorbed, q = (finish(zero) for finish in parts)
     pairs = (latents, latent), (rotaries, k)
     (new_latent, latent), (new_k, k) = (cached.as_stored(*pair, q_ref.dtype) for pair in pairs)
     lead = layer, batch

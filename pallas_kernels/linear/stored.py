@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..mxfp4 import GROUP, MXFP4Array
 from ..quantized import QuantizedArray
+from ..triton_call import zero_behind_a_barrier
 
 _F32, _I32, _U32 = jnp.float32, jnp.int32, jnp.uint32
 #: Triton's offsets are signed and have 32 bits for arrays of up to 4 GiB: bytes beyond 2 GiB are out of its reach.
@@ -82,8 +83,9 @@ def row_products(kernels: Sequence[Any], matrix: Any, rows: jax.Array, load: Loa
     for first in range(0, len(every), _AHEAD):
         some = every[first : first + _AHEAD]
         weights = [[form.read(kernel, read, piece) for piece in some] for kernel in kernels]
+        zero = zero_behind_a_barrier(jnp.max(matrix) if matrix.ndim else matrix)
         for i, piece in enumerate(some):
-            x = form.inputs(load, piece)
+            x = form.inputs(load, piece._replace(columns=piece.columns + zero))
             totals = [total + form.multiply(own[i], x) for total, own in zip(totals, weights, strict=True)]
     return [jnp.sum(total * scale, axis=1) for total, scale in zip(totals, scales, strict=True)]
 
