@@ -26,7 +26,7 @@ from .weights import Weights, nested, parameters
 class Record:
     """What a forward pass did.
 
-    `logits [B, T, V]` float32, T only the last columns with `logits_to_keep`; `hidden_states [L+1, B, T, D]`, the
+    `logits [B, T, V]` float32, `[B, kept, V]` with `logits_to_keep`; `hidden_states [L+1, B, T, D]`, the
     embedding first, each layer's output, the last one after the final norm. One entry per MoE layer, in order:
     `router_logits [B, T, E]` float32 (E may differ between layers), `expert_ids [B, T, A]` in the smallest signed
     integer type that holds them, ascending (-1: padding, no expert ran), `expert_weights [B, T, A]` float32 in the
@@ -116,19 +116,25 @@ class Model(nnx.Module):
 
         Args: `input_ids` int `[B, T]`; `attention_mask` `[B, T]`, 1 for real tokens, padding on either side;
         `return_record`: return a `Record` of logits, hidden states and routing; `routing`: a record (or its
-        `expert_ids`) whose choices are forced, weighed by this model's own scores; `logits_to_keep`: make the logits
-        of so many last columns only (all if None), which a long text with a large vocabulary has no memory for.
-        Returns float32 `[B, T, V]`, T the columns that are kept; what stands at padded positions means nothing.
+        `expert_ids`) whose choices are forced, weighed by this model's own scores; `logits_to_keep`: make logits of
+        so many last columns only (all if None), padding among them: rows of unequal length are padded on the left for
+        it. A long text with a large vocabulary has no memory for all.
+        Returns float32 `[B, T, V]`, or `[B, kept, V]`; what stands at padded positions means nothing.
         Raises `ValueError` for ids outside the vocabulary, more tokens than the context, masks and routing that do
         not fit, and fewer than one column to keep.
         """
         ids, mask = check_inputs(self.config, input_ids, attention_mask)
-        if logits_to_keep is not None and logits_to_keep < 1:
-            raise ValueError(f"logits_to_keep: {logits_to_keep}, expected at least 1, or None for all")
+        if logits_to_keep is not None and (not _is_integer(logits_to_keep) or logits_to_keep < 1):
+            raise ValueError(f"logits_to_keep: {logits_to_keep!r}, expected an integer of at least 1, or None for all")
         forced = forced_ids(self.architecture, routing, ids.shape)
-        static = self.architecture, self.implementation, return_record, logits_to_keep
+        keep = None if logits_to_keep is None else int(logits_to_keep)
+        static = self.architecture, self.implementation, return_record, keep
         out = _forward(*static, self.arrays(), ids, mask, forced)
         return _as_record(self.architecture, *out) if return_record else out[0]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def tiny_config() -> ModelConfig:

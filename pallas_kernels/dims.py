@@ -16,6 +16,8 @@ Letters of one file only are explained there. Annotations are checked while the 
 installs jaxtyping's import hook) and cost nothing otherwise.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,4 +25,16 @@ from jaxtyping import Bool, Float, Int
 #: What public functions accept wherever they say "array".
 Array = jax.Array | np.ndarray
 
-__all__ = ["Array", "Bool", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int", "check_layer"]
+
+
+def check_layer(layer: Any, layers: int) -> None:
+    """`ValueError` for a `layer` of a stack that there is not; a traced one is the caller's care.
+
+    >>> check_layer(-1, 4)
+    Traceback (most recent call last):
+    ...
+    ValueError: layer: -1 of 4 layers
+    """
+    if layer is not None and not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < layers:
+        raise ValueError(f"layer: {layer} of {layers} layers")

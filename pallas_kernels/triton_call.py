@@ -11,7 +11,9 @@ from jax.experimental.pallas import triton as pltriton
 
 from . import compat
 
-_MEETING = 1024  # elements that no single warp holds
+#: Rows, columns and depth of a product on tensor cores, at least.
+LEAST = 16
+_MEETING = 1024  # elements, which are spread over all warps
 
 
 def call_triton(
@@ -74,10 +76,12 @@ def _launch_next(program):
 
 
 def zero_behind_a_barrier(index):
-    """0 as far as `index` is not negative, which the compiler does not know, from a reduction in which all warps meet.
+    """0, which the compiler does not know, from a reduction in which the warps of a program meet (two or more of them).
 
     What a kernel reads before this, it reads before the barrier; what it computes with the result, it computes behind
     it. Left to itself the compiler puts each read right before its use, behind the wait for the one before: a program
-    of four rows of weights then waits for memory four times, one after the other.
+    of four rows of weights then waits for memory four times, one after the other. `index`: any integer that is known
+    only when the kernel runs, but for the lowest.
     """
-    return pl.multiple_of(jnp.max(lax.iota(jnp.int32, _MEETING) & (index >> 31)), 16)
+    lowest = jnp.iinfo(jnp.int32).min
+    return pl.multiple_of(jnp.max(jnp.where(index == lowest, lax.iota(jnp.int32, _MEETING), 0)), 16)

@@ -85,6 +85,7 @@ def run(name: str, options: Options) -> list[Measured | tuple[int, str]]:
                 found.append(_at(model, batch, options, before))
             except Exception as error:  # the others are still to be measured
                 found.append((batch, _note(error)))
+            before = _peak(options.device)  # checking needs memory too
     del model
     gc.collect()
     return found
@@ -108,10 +109,8 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
     record = recorded(model, ids, new) if model.architecture.moe_layers else None
     _check(model, ids, made, record)
     whole = in_turns({new: call}, options.repeats)[new]
-    first, steps = whole, None
-    if new > 1:
-        apart = [_phases(model, ids, new) for _ in range(options.repeats)]
-        first, steps = (Timing(samples) for samples in zip(*apart, strict=True))
+    apart = [_phases(model, ids, new) for _ in range(options.repeats)]
+    first, steps = (Timing(samples) for samples in zip(*apart, strict=True))
     active = active_experts(record, new) if new > 1 and record is not None else None
     return Measured(
         batch=batch,
@@ -119,7 +118,7 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
         warm=firsts[1],
         whole=whole,
         first=first,
-        steps=steps,
+        steps=steps if new > 1 else None,
         nbytes=step_bytes(model, batch, prompt, new, active or 0.0) if new > 1 else 0.0,
         flops=prefill_flops(model.architecture, batch, prompt),
         active=active,

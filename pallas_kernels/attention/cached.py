@@ -13,9 +13,9 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..linear import stored
 from ..quantized import QuantizedArray
+from ..triton_call import LEAST
 
 _F32, _I32 = jnp.float32, jnp.int32
-LEAST = 16  # rows of a product on tensor cores
 
 
 def refuse(stack: Any) -> str | None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
+from ..dims import check_layer
 from ..quantized import is_quantized
 from ..registry import Implementation, Operation
 from . import decode_triton, decode_xla
@@ -75,7 +76,7 @@ def decode_attention(
 
     Args: `q`, `k`, `v` of the new tokens as they come from their products; `cache`: `{"k": [L, B, K, S, H], "v": [L, B,
     K, S, Hv]}`, of which column s holds position s; `lengths`: tokens in the cache, and the new one's position (a row
-    with all S columns full computes nonsense and writes nothing); `layer`: the stacks', which may be traced; `scale`
+    with all S columns full computes nonsense and writes nothing); `layer` in `[0, L)`, which may be traced; `scale`
     of the scores; `norm` and then `rotary` are applied to q and k, in float32, rounded to their dtype after each.
     A stack may be a `QuantizedArray` with a scale for every entry: the new one is quantised, and seen as it is stored.
     `implementation`: `triton` (CUDA, bfloat16 and float16) or `xla`.
@@ -97,8 +98,15 @@ def decode_attention(
         raise ValueError(f"q: shape {q.shape} does not fit keys of shape {k.shape}")
     if k.shape[:2] != v.shape[:2] or cache["k"].shape[3] != cache["v"].shape[3]:
         raise ValueError(f"v: new {v.shape} and cached {cache['v'].shape} beside k {k.shape} and {cache['k'].shape}")
-    if rotary is not None and 2 * rotary.cos.shape[-1] > q.shape[2]:
-        raise ValueError(f"rotary: {2 * rotary.cos.shape[-1]} components of heads of {q.shape[2]}")
+    check_places(lengths, rotary, q.shape[0], q.shape[2])
+    check_layer(layer, cache["k"].shape[0])
+    layers, heads, kv_heads, size = cache["k"].shape[0], q.shape[1], k.shape[1], q.shape[2]
+    for name, scale_of, count in () if norm is None else (("q", norm.q, heads), ("k", norm.k, kv_heads)):
+        if scale_of.shape not in ((layers, size), (layers, count, size)):
+            either = f"{(layers, size)} or {(layers, count, size)}"
+            raise ValueError(f"norm: {name} of shape {scale_of.shape}, expected {either}")
+    if seen.sinks is not None and seen.sinks.shape != (layers, heads):
+        raise ValueError(f"sinks: shape {seen.sinks.shape}, expected {(layers, heads)}")
     with jax.named_scope("decode_attention"):
         layer = jnp.asarray(layer, jnp.int32)
         keys, values = (w if is_quantized(w) else jnp.asarray(w) for w in (cache["k"], cache["v"]))
@@ -106,3 +114,15 @@ def decode_attention(
             implementation, q, k, v, keys, values, lengths, layer, float(scale), norm, rotary, seen
         )
         return y, {**cache, "k": keys, "v": values}
+
+
+def check_places(lengths: Any, rotary: Rotary | None, batch: int, size: int) -> None:
+    """`ValueError` unless there are lengths and angles for each of `batch` rows, the latter for heads of `size`."""
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: shape {lengths.shape}, expected ({batch},)")
+    if rotary is None:
+        return
+    half = rotary.cos.shape[-1]
+    if rotary.cos.shape != (batch, half) or rotary.sin.shape != rotary.cos.shape or not 0 < 2 * half <= size:
+        shapes = f"{rotary.cos.shape} and {rotary.sin.shape}"
+        raise ValueError(f"rotary: angles of shapes {shapes} for {batch} rows and heads of {size}")

@@ -17,9 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..triton_call import call_triton, zero_behind_a_barrier
+from ..triton_call import LEAST, call_triton, zero_behind_a_barrier
 from . import cached, splits
-from .heads import LEAST, Place, padded, prepare
+from .heads import Place, padded, prepare
 
 _F32, _I32 = jnp.float32, jnp.int32
 #: Columns that a program reads at once and its warps; columns that are worth a program of their own, and how many
@@ -147,15 +147,9 @@ def _step(scale, head, q, keys, values, start, stop, i, carry):
 
 
 def _attend(scale, q, there, keys, values, carry):
-    """A block of columns more; an entry's scale goes to its score, and to its power before values are added up."""
-    (k, k_scales), (v, v_scales) = keys, values
+    """A block of columns more; an entry's scale goes to its score."""
+    k, k_scales = keys
     scores = pltriton.dot(q, k.T) * scale
     if k_scales is not None:
         scores *= k_scales[None, :]
-    scores = jnp.where(there[None, :], scores, splits.MASKED)
-
-    def weigh(powers):
-        powers = powers if v_scales is None else powers * v_scales[None, :]
-        return pltriton.dot(powers.astype(v.dtype), v)
-
-    return splits.add(carry, scores, weigh)
+    return splits.add(carry, jnp.where(there[None, :], scores, splits.MASKED), *values)

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from .cached import LEAST
+from ..triton_call import LEAST
 
 _F32, _I32 = jnp.float32, jnp.int32
 
@@ -70,8 +70,9 @@ def prepare(ref, heads, place, norm, rotary):
             second = c >= half
             angle, partner = jnp.where(second, c - half, c), jnp.where(second, c - half, c + half)
         turned = c < 2 * half
-        angle, partner = jnp.where(turned, angle, 0), jnp.where(turned, partner, 0)
-        if not rotary.interleaved and half % 8 == 0:
+        eights = not rotary.interleaved and half % 8 == 0
+        angle, partner = (jnp.where(turned, i, c & 7 if eights else 0) for i in (angle, partner))
+        if eights:
             angle, partner = _in_order(angle), _in_order(partner)
         pairs.append(read(partner, turned))
         cos, sin = (load(table, (place.batch,), angle) for table in (rotary.cos, rotary.sin))

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
+from ..dims import check_layer
 from ..linear import RMSNorm
 from ..quantized import is_quantized
 from ..registry import Implementation, Operation
 from . import latent_triton, latent_xla
-from .decode import Rotary
+from .decode import Rotary, check_places
 
 OPERATION = Operation(
     "decode_latent_attention",
@@ -45,7 +46,7 @@ def decode_latent_attention(
     latents and rotary keys as they come from their product; `cache`: `{"latent": [L, B, S, Z], "k_rotary": [L, B, S,
     R]}`, of which column s holds position s, arrays or `QuantizedArray`s with a scale for every entry; `lengths`:
     tokens in the cache, and the new one's position (a row with all S columns full computes nonsense and writes
-    nothing); `layer`: the stacks', which may be traced; `scale` of the scores; `norm` (its scale a stack `[L, Z]`, its
+    nothing); `layer` in `[0, L)`, which may be traced; `scale` of the scores; `norm` (its scale a stack `[L, Z]`, its
     layer this one) of the new latents and `rotary` of the last R components of q and `new`: both in float32, rounded
     to their dtype. `implementation`: `triton` (CUDA, bfloat16 and float16) or `xla`.
     Returns each head's mix of latents `[B, N, Z]` in q's dtype and the cache with the new entries, in the same memory
@@ -71,6 +72,8 @@ def decode_latent_attention(
         raise ValueError(f"new: shape {new.shape}, expected {(batch, rank + turned)}")
     if norm is not None and (norm.scale.ndim, norm.scale.shape[-1]) != (2, rank):
         raise ValueError(f"norm: scale of shape {norm.scale.shape}, expected [L, {rank}]")
+    check_places(lengths, rotary, batch, turned)
+    check_layer(layer, stacks[0].shape[0])
     with jax.named_scope("decode_latent_attention"):
         layer = jnp.asarray(layer, jnp.int32)
         given = absorbed, q, new, *stacks, lengths, layer, float(scale), norm, rotary

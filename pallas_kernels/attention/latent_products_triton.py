@@ -12,8 +12,8 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..linear import stored
 from ..quantized import QuantizedArray, is_quantized
-from ..triton_call import call_triton
-from .heads import LEAST, padded
+from ..triton_call import LEAST, call_triton
+from .heads import padded
 
 _F32, _I32 = jnp.float32, jnp.int32
 _ROWS, _WARPS = 64, 4

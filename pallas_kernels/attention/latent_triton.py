@@ -17,9 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..triton_call import call_triton, zero_behind_a_barrier
+from ..triton_call import LEAST, call_triton, zero_behind_a_barrier
 from . import cached, splits
-from .heads import LEAST, Place, padded, prepare
+from .heads import Place, padded, prepare
 
 _F32, _I32 = jnp.float32, jnp.int32
 #: Heads in a block -> columns that are read at once, warps, stages.
@@ -146,11 +146,4 @@ def _attend(scale, queries, there, blocks, carry):
     for q, (block, scales) in zip(queries, blocks, strict=True):
         part = pltriton.dot(q, block.T)
         scores += part if scales is None else part * scales[None, :]
-    scores = jnp.where(there[None, :], scores * scale, splits.MASKED)
-    latents, scales = blocks[0]
-
-    def weigh(powers):
-        powers = powers if scales is None else powers * scales[None, :]
-        return pltriton.dot(powers.astype(latents.dtype), latents)
-
-    return splits.add(carry, scores, weigh)
+    return splits.add(carry, jnp.where(there[None, :], scores * scale, splits.MASKED), *blocks[0])

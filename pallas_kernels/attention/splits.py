@@ -42,15 +42,21 @@ def nothing(heads, width):
     return jnp.full((heads,), MASKED, _F32), jnp.zeros((heads,), _F32), jnp.zeros((heads, width), _F32)
 
 
-def add(carry, scores, weigh):
-    """Running maximum, sum and mix with the `scores` of more columns; `weigh` multiplies their powers with values.
+def add(carry, scores, values, scales):
+    """Running maximum, sum and mix with more columns: their `scores` and `values`, an entry's scale going to its power.
 
-    Where all of them are `MASKED`, so is the maximum, and the rest means nothing: whatever is added later erases it.
+    Where all of the scores are `MASKED`, so is the maximum, and the rest means nothing: whatever is added later erases
+    it.
     """
     top, total, mixed = carry
     higher = jnp.maximum(top, jnp.max(scores, axis=1))
     powers, shrink = jnp.exp(scores - higher[:, None]), jnp.exp(top - higher)
-    return higher, total * shrink + jnp.sum(powers, axis=1), mixed * shrink[:, None] + weigh(powers)
+    total = total * shrink + jnp.sum(powers, axis=1)
+    largest = jnp.float32(1)
+    if scales is not None and values.dtype == jnp.float16:  # whose smallest numbers are too large for small scales
+        largest = jnp.maximum(jnp.max(scales), jnp.finfo(_F32).tiny)
+    powers = powers if scales is None else powers * (scales / largest)[None, :]
+    return higher, total, mixed * shrink[:, None] + pltriton.dot(powers.astype(values.dtype), values) * largest
 
 
 def outputs(batch: int, heads: int, width: int, splits: int, dtype) -> list:

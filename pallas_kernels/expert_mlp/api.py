@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
+from ..dims import check_layer
 from ..experts import Experts
 from ..plan import Plan
 from ..registry import Implementation, Operation
@@ -74,8 +75,7 @@ def routed_mlp(
     if experts.stacked != (layer is not None):
         need = "needs" if experts.stacked else "takes no"
         raise ValueError(f"layer: experts of shape {experts.up.shape} {need} layer index, got {layer}")
-    if layer is not None and not isinstance(layer, jax.core.Tracer) and not 0 <= layer < experts.up.shape[0]:
-        raise ValueError(f"layer: {layer} of {experts.up.shape[0]} layers")
+    check_layer(layer, experts.up.shape[0])
     OPERATION.check(implementation)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: shape {residual.shape}, expected that of x, {x.shape}")

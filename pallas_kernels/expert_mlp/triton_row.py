@@ -22,9 +22,9 @@ from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import xla_tiles
 
-# The best on an H100 (docs/benchmarks.md): inputs of each choice that the second product reads at once, and its warps.
+# The best on an H100 (docs/benchmarks.md): inputs of a choice in a piece of the second product, and its warps.
 _DOWN_STEP, _DOWN_WARPS = 256, 4
-_HELD = 8192  # inputs of all choices together that one of its programs reads at once, at most
+_HELD = 8192  # inputs of all choices together in one of its pieces, up to 64 choices
 
 
 def refuse(x, ids, weights, experts, plan, layer, residual) -> str | None:
@@ -100,7 +100,7 @@ def moe_jax_expert_up_row(layer, x, ids, gate, gate_bias, up, up_bias, out, *, a
         matrix = first + expert
 
         kernels = [pair for pair in ((gate, gate_bias), (up, up_bias)) if pair[0] is not None]
-        load = functools.partial(_load_row, x, tile.rows)
+        load = functools.partial(stored.load_row, x, 0, tile.rows)
         found = stored.row_products([kernel for kernel, _ in kernels], matrix, row, load, tile.step)
         for i, (_, bias) in enumerate(kernels):
             if bias is not None:
@@ -142,7 +142,7 @@ def moe_jax_expert_down_row(layer, hidden, ids, weights, down, bias, residual, o
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Hidden columns per program of the first product, inputs that it reads at once, warps."""
+    """Hidden columns per program of the first product, inputs of a piece of its rows, warps."""
 
     rows: int
     step: int
@@ -154,14 +154,6 @@ def _tile(kernel):
     if isinstance(kernel, MXFP4Array):
         return _Tile(8, 1024, 8)
     return _Tile(2, 1024, 4) if is_quantized(kernel) else _Tile(1, 2048, 4)
-
-
-def _load_row(ref, rows, column, there):
-    """Columns of the one row, `rows` times, so that each thread loads what it multiplies."""
-    shape = rows, column.shape[0]
-    column = jnp.broadcast_to(column[None, :], shape)
-    mask = {} if there is None else dict(mask=jnp.broadcast_to(there[None, :], shape), other=0.0)
-    return pltriton.load(ref.at[jnp.zeros_like(column), column], **mask).astype(jnp.float32)
 
 
 def _load_bias(bias, matrix, row):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
+from ..dims import check_layer
 from ..registry import Implementation, Operation
 from . import triton_row, triton_rows, xla
 
@@ -72,11 +73,12 @@ def linear(
 ) -> list[Float[Array, "G _"]]:
     """`norm(x) @ kernel.T + bias` for one or several kernels `[N, K]` of the same input, plus `residual`.
 
-    Args: `x` `[G, K]`; `kernels` arrays or `QuantizedArray`s `[N, K]`, the contraction last, or stacks `[L, N, K]` of
-    which the integer `layer` is taken, which may be traced (a stack is never sliced where that would copy it); `norm`
-    of x; `biases` `[N]` or `[L, N]`, or None for each; `residual` `[G, N]` is added to the only product; `dtype` of the
-    products, x's for None; `normed`: also return `norm(x)` in that of x. `implementation`: `triton_row` (CUDA, one row)
-    and `triton_rows` (CUDA, up to 64), both for kernels in bfloat16, float16 or int8, or `xla`. All are differentiable.
+    Args: `x` `[G, K]`; `kernels` arrays or `QuantizedArray`s `[N, K]`, the contraction last, or stacks `[L, N, K]`
+    of which the integer `layer` in `[0, L)` is taken, which may be traced (no stack is sliced where that would copy
+    it); `norm` of x; `biases` `[N]` or `[L, N]`, or None for each; `residual` `[G, N]` is added to the only
+    product; `dtype` of the products, x's for None; `normed`: also return `norm(x)` in that of x. `implementation`:
+    `triton_row` (CUDA, one row) and `triton_rows` (CUDA, up to 64), both for kernels in bfloat16, float16 or int8,
+    or `xla`. All are differentiable.
     Returns the products `[G, N]` in the order of their kernels, then the normed rows if asked for; sums are formed in
     float32. Raises `ValueError` for shapes and dtypes that do not fit each other.
 
@@ -87,8 +89,16 @@ def linear(
     [[[3.464101552963257]], [[1.7320507764816284, 0.0, 0.0]]]
     """
     x = jnp.asarray(x)
+    if x.ndim != 2:
+        raise ValueError(f"x: shape {x.shape}, expected [G, K]")
     if not kernels:
         raise ValueError("kernels: none are given")
+    if biases is not None and len(biases) != len(kernels):
+        raise ValueError(f"biases: {len(biases)} for {len(kernels)} kernels, None is one too")
+    if layer is not None:
+        check_layer(layer, kernels[0].shape[0])
+    if norm is not None and norm.layer is not None:
+        check_layer(norm.layer, norm.scale.shape[0])
     axes, width = (2 if layer is None else 3), x.shape[-1]
     for i, kernel in enumerate(kernels):
         if kernel.ndim != axes or kernel.shape[-1] != width:

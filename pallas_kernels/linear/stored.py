@@ -26,7 +26,8 @@ _UNREACHABLE = range(2**31 + 1, 2**32 + 1)
 _PER_WORD = 8  # inputs in a word of an MXFP4Array
 _AHEAD = 4  # pieces of a row that are read before the first is multiplied
 
-#: `load(columns, there)` gives parts of x in float32, `[1, columns]`, 0 where `there` is false (None: all is there).
+#: `load(columns, there)` gives parts of x in float32, 0 where `there` is false (None: all is there), as often as there
+#: are rows, `[rows, columns]`: where threads load what they multiply, nothing changes hands.
 Load = Callable[[jax.Array, Any], jax.Array]
 
 
@@ -46,13 +47,22 @@ def refuse(kernel: Any) -> str | None:
     return None
 
 
+def refuse_beside(x: Any, kernels: Sequence[Any]) -> str | None:
+    """Why the kernels of a product cannot be multiplied with x; None if they can."""
+    if any(isinstance(kernel, MXFP4Array) for kernel in kernels):
+        return "kernels in MXFP4"
+    if any(not isinstance(kernel, QuantizedArray) and kernel.dtype != x.dtype for kernel in kernels):
+        return f"kernels of another dtype than x's, {x.dtype}"
+    return next(filter(None, map(refuse, kernels)), None)
+
+
 def alike(a: Any, b: Any) -> bool:
     """Whether two stacks are stored in the same way, as `row_products` wants them."""
     return type(a) is type(b) and a.dtype == b.dtype and scales_of(a)[1] == scales_of(b)[1]
 
 
 def step_of(width: int, most: int) -> int:
-    """Columns that are read at once, a power of two up to `most`, so that not many lie beyond `width`.
+    """Columns of a piece, a power of two up to `most`, so that not many lie beyond `width`.
 
     >>> [step_of(width, 2048) for width in (2048, 2880, 768, 7168, 4096)]
     [2048, 1024, 1024, 2048, 2048]
@@ -73,21 +83,31 @@ def scales_of(kernel: Any) -> tuple[Any, int]:
 def row_products(kernels: Sequence[Any], matrix: Any, rows: jax.Array, load: Load, most: int, live: Any = None) -> list:
     """`sum over k of w[matrix, rows, k] * x[k]` in float32, `[rows]`, for each of `kernels`, all stored alike.
 
-    `matrix`: one for all or `[rows]`, as x may be; `most`: columns that are read at once; `live [rows]`: rows that are
-    read at all, 0 for the others. The weights of all kernels are on their way before the first is multiplied.
+    `matrix`: one for all or `[rows]`, as x may be; `most`: columns of a piece; `live [rows]`: rows that are read, 0 for
+    the others. `_AHEAD` pieces of all kernels are on their way before the first is multiplied.
     """
     form, read = _form_of(kernels[0]), functools.partial(_load, matrix, rows, live)
     every = list(pieces(form.width, step_of(form.width, max(form.least, most // form.packed))))
     scales = [form.row_scales(kernel, read) for kernel in kernels]
-    totals = [0.0] * len(kernels)
+    totals, index = [0.0] * len(kernels), jnp.max(matrix) if matrix.ndim else matrix
     for first in range(0, len(every), _AHEAD):
         some = every[first : first + _AHEAD]
         weights = [[form.read(kernel, read, piece) for piece in some] for kernel in kernels]
-        zero = zero_behind_a_barrier(jnp.max(matrix) if matrix.ndim else matrix)
+        zero = zero_behind_a_barrier(index)
+        index += zero  # the next one is not this one's, as far as the compiler sees
         for i, piece in enumerate(some):
             x = form.inputs(load, piece._replace(columns=piece.columns + zero))
             totals = [total + form.multiply(own[i], x) for total, own in zip(totals, weights, strict=True)]
     return [jnp.sum(total * scale, axis=1) for total, scale in zip(totals, scales, strict=True)]
+
+
+def load_row(ref: Any, lead: Any, rows: int, columns: jax.Array, there: Any = None) -> jax.Array:
+    """Columns of `ref[lead]` in float32, `rows` times (`Load`)."""
+    shape = rows, columns.shape[0]
+    at = jnp.full(shape, lead, _I32), jnp.broadcast_to(columns[None, :], shape)
+    if there is None:
+        return pltriton.load(ref.at[at]).astype(_F32)
+    return pltriton.load(ref.at[at], mask=jnp.broadcast_to(there[None, :], shape), other=0.0).astype(_F32)
 
 
 def arranged(kernel: Any, x: jax.Array) -> jax.Array:
@@ -105,7 +125,7 @@ def place(kernel: Any, k: Any) -> Any:
 
 
 class Piece(NamedTuple):
-    """Columns from `first` on that are read at once, and which of them there are (None: all)."""
+    """Columns from `first` on, and which of them there are (None: all)."""
 
     first: int
     columns: jax.Array

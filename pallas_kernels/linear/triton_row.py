@@ -13,12 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..mxfp4 import MXFP4Array
 from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import stored
 
-#: Most rows of a kernel per program, inputs read at once, most warps: the best on an H100 (docs/benchmarks.md).
+#: Most rows of a kernel per program, inputs of a piece of them, most warps: the best on an H100 (docs/benchmarks.md).
 ROWS, STEP, WARPS = 4, 2048, 4
 _PROGRAMS = 256  # at least, where a kernel has so many rows
 #: Without a norm and with fewer rows than `_ENOUGH`, a program has one row if that is up to `_SHORT` bytes, else two:
@@ -33,9 +32,7 @@ def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | No
         return f"{x.shape[0]} rows of x, only one"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x of {x.dtype}, only bfloat16 and float16"
-    if any(isinstance(kernel, MXFP4Array) for kernel in kernels):
-        return "kernels in MXFP4"
-    return next(filter(None, map(stored.refuse, kernels)), None)
+    return stored.refuse_beside(x, kernels)
 
 
 def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, interpret=False):
@@ -118,9 +115,9 @@ class _Row:
 
     def load(self, column, there):
         """Columns in float32, `[rows, columns]`."""
-        x = self._read(self._ref, 0, self._rows, column, there)
+        x = stored.load_row(self._ref, 0, self._rows, column, there)
         if self._norm is not None:
-            x *= self._read(self._norm.scale, self._layer, self._rows, column, there)
+            x *= stored.load_row(self._norm.scale, self._layer, self._rows, column, there)
             self.factor()
         return x
 
@@ -129,16 +126,10 @@ class _Row:
             self._factor = jnp.float32(1)
             if self._norm is not None:
                 width = self._ref.shape[1]
-                pieces = [self._read(self._ref, 0, 1, column, there) for _, column, there in _pieces(width)]
+                pieces = [stored.load_row(self._ref, 0, 1, column, there) for _, column, there in _pieces(width)]
                 squares = sum(jnp.sum(jnp.square(x)) for x in pieces)
                 self._factor = lax.rsqrt(squares / width + self._norm.epsilon)
         return self._factor
-
-    def _read(self, ref, lead, rows, column, there):
-        shape = rows, column.shape[0]
-        at = jnp.full(shape, lead, jnp.int32), jnp.broadcast_to(column[None, :], shape)
-        mask = {} if there is None else dict(mask=jnp.broadcast_to(there[None, :], shape), other=0.0)
-        return pltriton.load(ref.at[at], **mask).astype(jnp.float32)
 
 
 def _pieces(width):

@@ -13,14 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-from ..mxfp4 import MXFP4Array
 from ..quantized import is_quantized
-from ..triton_call import call_triton
+from ..triton_call import LEAST, call_triton
 from . import stored, xla
 
 #: Rows of x up to which reading the weights is all the time there is.
 MAX_ROWS = 64
-_LEAST = 16  # rows of a product on tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +38,10 @@ def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | No
         return f"{x.shape[0]} rows of x, at most {MAX_ROWS}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x of {x.dtype}, only bfloat16 and float16"
-    if any(not is_quantized(kernel) and kernel.dtype != x.dtype for kernel in kernels):
-        return f"kernels of another dtype than x's, {x.dtype}"
-    if any(isinstance(kernel, MXFP4Array) for kernel in kernels):
-        return "kernels in MXFP4"
-    return next(filter(None, map(stored.refuse, kernels)), None)
+    if reason := stored.refuse_beside(x, kernels):
+        return reason
+    least = min([x.shape[1], *(group for group in (stored.scales_of(kernel)[1] for kernel in kernels) if group)])
+    return f"products of {least} inputs at once, at least {LEAST}" if pl.next_power_of_2(least) < LEAST else None
 
 
 def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, tile=Tile(), interpret=False):
@@ -68,7 +65,7 @@ interpreted = functools.partial(linear, interpret=True)
 def moe_jax_linear_rows(layer_ref, x_ref, kernels, biases, residual, *outs, programs, tile):
     """One program: `tile.rows` outputs of one of the kernels, for all rows of x."""
     layer, count, program = layer_ref[0], x_ref.shape[0], pl.program_id(0)
-    token = lax.iota(jnp.int32, max(_LEAST, pl.next_power_of_2(count)))
+    token = lax.iota(jnp.int32, max(LEAST, pl.next_power_of_2(count)))
     first = 0
     for i, kernel in enumerate(kernels):
 

@@ -32,7 +32,7 @@ def product(x, kernel, dtype=None):
     that took a layer's kernel out of its stack, so that decoding reads each weight once; more rows with the kernel as
     the left operand (docs/decisions.md).
     """
-    kernel = dense(kernel, x.dtype)
+    kernel, dtype = dense(kernel, x.dtype), dtype or x.dtype
     if len(x) == 1:
         return jnp.matmul(x, kernel.T, preferred_element_type=dtype)
     return jnp.matmul(kernel, x.T, preferred_element_type=dtype).T

@@ -63,8 +63,9 @@ def test_logits_to_keep():
     assert kept.hidden_states.shape == (3, 2, 9, 32) and kept.expert_ids[0].shape == (2, 9, 2)
     np.testing.assert_array_equal(tiny()(IDS, LEFT, logits_to_keep=2), kept.logits)
     assert tiny()(IDS, logits_to_keep=99).shape == (2, 9, 96)  # as many as there are
-    with pytest.raises(ValueError, match="logits_to_keep: 0, expected at least 1"):
-        tiny()(IDS, logits_to_keep=0)
+    for bad in (0, -1, True):
+        with pytest.raises(ValueError, match=f"logits_to_keep: {bad}, expected an integer"):
+            tiny()(IDS, logits_to_keep=bad)
 
 
 def test_return_record_changes_nothing():

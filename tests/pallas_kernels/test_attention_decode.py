@@ -11,7 +11,7 @@ import pytest
 from decode_oracle import LAYER, LAYERS, make, oracle
 from expert_oracle import error
 
-from pallas_kernels.attention.decode import OPERATION, decode_attention
+from pallas_kernels.attention.decode import OPERATION, QKNorm, Rotary, Seen, decode_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 BFLOAT16 = ml_dtypes.bfloat16
@@ -230,6 +230,21 @@ def test_refusals(changed, reason):
         (dict(q=np.ones((3, 8, 64), BFLOAT16)), r"q: shape \(3, 8, 64\) does not fit keys"),
         (dict(k=np.ones((2, 4, 64), BFLOAT16)), r"cache: k of shape \(3, 2, 2, 32, 64\), .* for new \(2, 4, 64\)"),
         (dict(v=np.ones((2, 2, 32), BFLOAT16)), r"cache: v of shape \(3, 2, 2, 32, 64\), .* for new \(2, 2, 32\)"),
+        (dict(layer=-1), "layer: -1 of 3 layers"),
+        (dict(layer=3), "layer: 3 of 3 layers"),
+        (dict(lengths=np.array([3])), r"lengths: shape \(1,\), expected \(2,\)"),
+        (
+            dict(rotary=Rotary(*np.ones((2, 1, 32), np.float32))),
+            r"rotary: angles of shapes \(1, 32\) and \(1, 32\) for 2",
+        ),
+        (dict(rotary=Rotary(*np.ones((2, 2, 33), np.float32))), "for 2 rows and heads of 64"),
+        (dict(rotary=Rotary(*np.ones((2, 2, 0), np.float32))), "for 2 rows and heads of 64"),
+        (
+            dict(norm=QKNorm(np.ones((3, 1)), np.ones((3, 64)), 0.0)),
+            r"norm: q of shape \(3, 1\), expected \(3, 64\) or",
+        ),
+        (dict(norm=QKNorm(np.ones((3, 64)), np.ones((3, 8, 64)), 0.0)), r"norm: k of .*\(3, 2, 64\)"),
+        (dict(seen=Seen(sinks=np.ones((3, 1)))), r"sinks: shape \(3, 1\), expected \(3, 8\)"),
         (dict(implementation="cuda"), "'cuda' is no implementation of decode_attention; there are: triton, xla"),
         (dict(implementation="triton"), "decode_attention as 'triton' runs on cuda, the program is made for cpu"),
     ],

@@ -1,5 +1,6 @@
 """`decode_attention` over caches in int8, against float64 over what the caches stand for."""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,6 +75,19 @@ def test_values(name, implementation):
             values[LAYER, row, :, length], scales[LAYER, row, :, length] = found
         np.testing.assert_array_equal(after.values, values)
         np.testing.assert_array_equal(after.scales, scales)
+
+
+@each
+def test_small_values_in_float16(implementation):
+    """Their scales are smaller than float16's least numbers: they must not be rounded to it on their way."""
+    call = operands("odd heads")
+    small = call["cache"]["v"]
+    call["cache"]["v"] = dataclasses.replace(small, scales=small.scales * np.float32(2.0**-14))
+    call["v"] = call["v"] * np.float16(2.0**-14)
+    y, _ = attend(call, implementation)
+    want, _ = oracle(**{**call, "cache": wide_cache(call["cache"])})
+    least = float(jnp.finfo(np.float16).smallest_subnormal)
+    assert np.abs(np.asarray(y, np.float64) - want).max() <= 0.015 * np.abs(want).max() + least
 
 
 def test_implementations_agree():

@@ -221,6 +221,8 @@ def test_errors(monkeypatch):
         (dict(new=call["new"][:, :5]), r"new: shape \(1, 5\), expected \(1, 24\)"),
         (dict(absorbed=call["absorbed"][..., :8]), "latent of shape .* does not fit"),
         (dict(norm=RMSNorm(np.ones(16), 0.0)), r"norm: scale of shape \(16,\)"),
+        (dict(lengths=np.array([3, 4])), r"lengths: shape \(2,\), expected \(1,\)"),
+        (dict(rotary=Rotary(*np.ones((2, 1, 5), np.float32))), "rotary: angles .* for 1 rows and heads of 8"),
         (dict(implementation="triton"), "made for cpu"),
         (dict(implementation="triton_interpreted", q=call["q"].astype(np.float32)), "got bfloat16, float32"),
     ):

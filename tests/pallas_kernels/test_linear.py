@@ -206,7 +206,8 @@ REFUSED = {
     "no rows": (0, {}, ROWS, "0 rows of x"),
     "1025 rows": (1025, {}, ROWS, "1025 rows of x"),
     "kernels in float32": (1, dict(kernel=lambda k: k.astype(np.float32)), ROWS, "kernels of "),
-    "kernels of another type": (2, dict(kernel=lambda k: k.astype(np.float16)), ROWS[1:], "another dtype than x's"),
+    "kernels of another type": (1, dict(kernel=lambda k: k.astype(np.float16)), ROWS, "another dtype than x's"),
+    "groups of 8": (2, dict(kernel=lambda k: quantize(k, 8)), ROWS[1:], "products of 8 inputs at once, at least 16"),
     "groups of 48": (1, dict(kernel=lambda k: quantize(k, 48)), ROWS, "groups of 48 of 96 inputs"),
     "groups of 64 of 96": (1, dict(kernel=lambda k: quantize(k, 64)), ROWS, "groups of 64 of 96 inputs"),
     "runs": (1, dict(kernel=lambda k: quantize_runs(k, 4)), ROWS, "scales over runs of a flattened matrix"),
@@ -221,7 +222,8 @@ def test_refusals(name):
     for implementation in (*names, *(f"{one}_interpreted" for one in names)):
         with pytest.raises(ValueError, match=f"linear cannot run as '{implementation}': .*{reason}"):
             linear(**call, implementation=implementation)
-    assert linear(**call)[0].shape == (rows, 24)  # not named, it runs
+    y = linear(**call)[0]  # not named, it runs
+    assert y.shape == (rows, 24) and y.dtype == call["x"].dtype
 
 
 @pytest.mark.parametrize("size", [2**31 + 2**20, 2**32])
@@ -236,6 +238,11 @@ def test_bytes_that_triton_cannot_reach_are_refused(size):
     "changed, message",
     [
         (dict(kernels=[np.ones((8, 64), BFLOAT16), np.ones((8, 32), BFLOAT16)]), r"the one at 1 has shape \(8, 32\)"),
+        (dict(x=np.ones((1, 3, 64), BFLOAT16)), r"x: shape \(1, 3, 64\), expected \[G, K\]"),
+        (dict(kernels=[np.ones((2, 8, 64), BFLOAT16)], layer=-1), "layer: -1 of 2 layers"),
+        (dict(kernels=[np.ones((2, 8, 64), BFLOAT16)], layer=2), "layer: 2 of 2 layers"),
+        (dict(norm=RMSNorm(np.ones((2, 64)), 0.0, 2)), "layer: 2 of 2 layers"),
+        (dict(biases=[]), "biases: 0 for 1 kernels"),
         (dict(layer=0), r"the one at 0 has shape \(8, 64\), expected \[L, N, 64\] for x of \(3, 64\)"),
         (dict(kernels=[np.ones((2, 8, 64), BFLOAT16)]), r"has shape \(2, 8, 64\), expected \[N, 64\]"),
         (dict(biases=[np.ones(7, BFLOAT16)]), r"biases: shape \(7,\), expected \(8,\)"),

@@ -94,13 +94,14 @@ def test_in_float16_of_one_kernel_and_with_64_bit_types():
 
 
 def test_what_is_chosen():
-    def chosen(platform, rows, dtype=HALF, size=1024):
-        x, kernel = array(rows, 64, dtype=dtype), array(size, 64, dtype=dtype)
+    def chosen(platform, rows, dtype=HALF, size=1024, width=64):
+        x, kernel = array(rows, width, dtype=dtype), array(size, width, dtype=dtype)
         return OPERATION.chosen(platform, x, [kernel], None, None, None, None, None, False)
 
     rows = (1, 2, 64, 65)
     assert [chosen("cuda", n) for n in rows] == ["triton_row", "triton_rows", "triton_rows", "xla"]
     assert {chosen("cuda", n, jnp.float32) for n in rows} == {"xla"}
+    assert [chosen("cuda", 2, width=width) for width in (8, 9)] == ["xla", "triton_rows"]  # a product takes 16
     assert {chosen(platform, n) for n in rows for platform in ("cpu", "tpu")} == {"xla"}
 
 
