@@ -17,14 +17,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from .. import compat
 from ..triton_call import LEAST, call_triton, zero_behind_a_barrier
 from . import cached, splits
 from .heads import Place, padded, prepare
 
 _F32, _I32 = jnp.float32, jnp.int32
-#: Columns that a program reads at once and its warps; columns that are worth a program of their own, and how many
-#: programs there should be at most.
-_COLUMNS, _WARPS, _STAGES, _SPLIT, _PROGRAMS = 64, 4, 3, 512, 132
+#: Columns that a program reads at once, its warps and stages; columns that are worth a program of their own, and
+#: programs that a multiprocessor should have at most.
+_COLUMNS, _WARPS, _STAGES, _SPLIT, _PER_SM = 64, 4, 3, 512, 1
 
 
 def refuse(q, k, v, keys, values, lengths, layer, scale, norm, rotary, seen) -> str | None:
@@ -41,7 +42,7 @@ def refuse(q, k, v, keys, values, lengths, layer, scale, norm, rotary, seen) -> 
 def decode_attention(q, k, v, keys, values, lengths, layer, scale, norm, rotary, seen, *, interpret=False):
     """See `decode.decode_attention`."""
     (batch, heads, _), kv_heads, width = q.shape, k.shape[1], v.shape[2]
-    parts = splits.count(batch * kv_heads, keys.shape[3], _SPLIT, _PROGRAMS)
+    parts = splits.count(batch * kv_heads, keys.shape[3], _SPLIT, _PER_SM * compat.num_sms())
     limit = lambda a: None if a is None else jnp.asarray(a, _I32).reshape(1)
     limits = limit(seen.window), limit(seen.chunk)
     first = layer.reshape(1), lengths, q, k, v

@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+from .. import compat
 from ..triton_call import LEAST, call_triton, zero_behind_a_barrier
 from . import cached, splits
 from .heads import Place, padded, prepare
@@ -24,8 +25,8 @@ from .heads import Place, padded, prepare
 _F32, _I32 = jnp.float32, jnp.int32
 #: Heads in a block -> columns that are read at once, warps, stages.
 _TILES = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2)}
-#: Columns that are worth a program of their own, and how many programs there should be at most.
-_SPLIT, _PROGRAMS = 128, 132
+#: Columns that are worth a program of their own, while there is a multiprocessor for each.
+_SPLIT = 128
 
 
 def refuse(absorbed, q, new, latents, rotaries, lengths, layer, scale, norm, rotary) -> str | None:
@@ -47,7 +48,7 @@ def decode_latent_attention(
     block = min(max(_TILES), max(LEAST, pl.next_power_of_2(heads)))
     columns, warps, stages = _TILES[block]
     programs = batch * pl.cdiv(heads, block)
-    parts = splits.count(programs, latents.shape[2], _SPLIT, _PROGRAMS)
+    parts = splits.count(programs, latents.shape[2], _SPLIT, compat.num_sms())
     stacks, structure = jax.tree.flatten((latents, rotaries))
     first = layer.reshape(1), lengths, absorbed, q, new[:, None]
     outputs = splits.outputs(batch, heads, rank, parts, q.dtype)
