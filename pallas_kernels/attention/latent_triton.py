@@ -24,7 +24,7 @@ from .heads import Place, padded, prepare
 
 _F32, _I32 = jnp.float32, jnp.int32
 #: Heads in a block -> columns that are read at once, warps, stages.
-_TILES = {16: (64, 4, 2), 32: (64, 4, 2), 64: (64, 8, 2)}
+_TILES = {16: (64, 4, 2), 32: (64, 4, 2), 64: (32, 8, 3)}
 #: Columns that are worth a program of their own, while there is a multiprocessor for each.
 _SPLIT = 128
 
