@@ -12,7 +12,7 @@ from pallas_kernels.dims import Array as AnyArray
 
 from .cache import grow
 from .engine import Request, Sizes, decode, prefill, tokens_at_once
-from .model import Model, check_inputs, forced_ids
+from .model import Model, check_inputs, forced_ids, is_integer
 from .sampling import make_sampler
 
 
@@ -118,7 +118,7 @@ class _Run:
     ):  # fmt: skip
         if kv_cache_dtype not in (None, "int8"):
             raise ValueError(f"kv_cache_dtype: {kv_cache_dtype!r} is neither None nor 'int8'")
-        if isinstance(new, bool) or not isinstance(new, (int, np.integer)) or new < 0:
+        if not is_integer(new) or new < 0:
             raise ValueError(f"max_new_tokens: {new!r} is not a non-negative integer")
         new = int(new)
         self.sampler = make_sampler(**sampling)

@@ -124,7 +124,7 @@ class Model(nnx.Module):
         not fit, and fewer than one column to keep.
         """
         ids, mask = check_inputs(self.config, input_ids, attention_mask)
-        if logits_to_keep is not None and (not _is_integer(logits_to_keep) or logits_to_keep < 1):
+        if logits_to_keep is not None and (not is_integer(logits_to_keep) or logits_to_keep < 1):
             raise ValueError(f"logits_to_keep: {logits_to_keep!r}, expected an integer of at least 1, or None for all")
         forced = forced_ids(self.architecture, routing, ids.shape)
         keep = None if logits_to_keep is None else int(logits_to_keep)
@@ -133,7 +133,8 @@ class Model(nnx.Module):
         return _as_record(self.architecture, *out) if return_record else out[0]
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
+    """Whether `value` is an integer, Python's or NumPy's; True and False are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 

@@ -219,7 +219,7 @@ def _row(name: str, options: Options, one: Measured | tuple[int, str], ceilings:
         compile_ms=1e3 * (one.cold - one.whole.median),
         roofline=least / seconds,
         values=_values(one, batch * (new if decode else options.prompt), batch / seconds if decode else None),
-        note="" if one.peak else "peak memory: not reported, or an earlier model's",
+        note="" if one.peak else "peak memory: not reported, or something earlier needed more",
     )
 
 

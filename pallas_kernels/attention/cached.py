@@ -40,9 +40,9 @@ def columns(stack: Any, lead: tuple, column: Any, there: Any, component: Any, re
 
 
 def as_stored(stack: Any, entry: jax.Array, dtype: Any) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, Any]]:
-    """What the stack keeps of a new entry `[1, H]` in float32, part by part, and the entry as `columns` would read it.
+    """What the stack keeps of a new entry `[1, H]` in float32, part by part, and what `columns` would read of it.
 
-    As a block of columns it stands in all of a tile's.
+    The latter is a block of `LEAST` columns, the least that a product takes, each of which is the entry.
     """
     tile = lambda x: jnp.broadcast_to(x.astype(dtype), (LEAST, x.shape[1]))
     if not isinstance(stack, QuantizedArray):

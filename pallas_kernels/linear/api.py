@@ -95,10 +95,6 @@ def linear(
         raise ValueError("kernels: none are given")
     if biases is not None and len(biases) != len(kernels):
         raise ValueError(f"biases: {len(biases)} for {len(kernels)} kernels, None is one too")
-    if layer is not None:
-        check_layer(layer, kernels[0].shape[0])
-    if norm is not None and norm.layer is not None:
-        check_layer(norm.layer, norm.scale.shape[0])
     axes, width = (2 if layer is None else 3), x.shape[-1]
     for i, kernel in enumerate(kernels):
         if kernel.ndim != axes or kernel.shape[-1] != width:
@@ -109,6 +105,8 @@ def linear(
             raise ValueError(f"biases: shape {bias.shape}, expected {kernel.shape[:-1]}")
     if norm is not None and (norm.scale.shape[-1] != width or norm.scale.ndim != (1 if norm.layer is None else 2)):
         raise ValueError(f"norm: scale of shape {norm.scale.shape} for x of {x.shape}, layer {norm.layer}")
+    check_layer(layer, kernels[0].shape[0])
+    check_layer(None if norm is None else norm.layer, 0 if norm is None else norm.scale.shape[0])
     if residual is not None and (len(kernels) > 1 or residual.shape != (x.shape[0], kernels[0].shape[-2])):
         raise ValueError(f"residual: shape {residual.shape} beside kernels {[k.shape for k in kernels]}")
     if residual is not None and residual.dtype != (dtype or x.dtype):

@@ -59,7 +59,7 @@ def test_record_holds_embedding_and_final_norm():
 def test_logits_to_keep():
     """The last columns' logits alone; the record's other parts stay whole."""
     kept = tiny()(IDS, LEFT, return_record=True, logits_to_keep=2)
-    np.testing.assert_allclose(kept.logits, recorded().logits[:, -2:], atol=1e-6)
+    np.testing.assert_allclose(kept.logits, recorded().logits[:, -2:], rtol=0, atol=5e-7)  # two units in the last place
     assert kept.hidden_states.shape == (3, 2, 9, 32) and kept.expert_ids[0].shape == (2, 9, 2)
     np.testing.assert_array_equal(tiny()(IDS, LEFT, logits_to_keep=2), kept.logits)
     assert tiny()(IDS, logits_to_keep=99).shape == (2, 9, 96)  # as many as there are
