@@ -18,9 +18,6 @@ from .cache import Corner, KVCache, make_cache
 from .model import ascending, id_dtype
 from .sampling import Sampler, sample
 
-#: Steps on a GPU between two looks at whether all rows have ended.
-_STEPS = 8
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +151,8 @@ def _piece(architecture, sizes, weights, prompt, request, carry, row, start):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(architecture, weights, state, request, limit):
     """Step until `limit` new tokens stand, or all rows have ended."""
-
-    step = lambda state: _step(architecture, weights, state, request)
-
-    def unfinished(state, more=1):
-        return (state.step + more <= limit) & ~state.done.all()
-
-    def several(state):
-        turn = lambda state: jax.lax.fori_loop(0, _STEPS, lambda _, state: step(state), state)
-        return jax.lax.while_loop(lambda state: unfinished(state, _STEPS), turn, state)
-
-    # A condition that is not known beforehand costs a GPU a wait for the host.
-    state = jax.lax.platform_dependent(state, cuda=several, default=lambda state: state)
-    return jax.lax.while_loop(unfinished, step, state)
+    unfinished = lambda state: (state.step < limit) & ~state.done.all()
+    return jax.lax.while_loop(unfinished, lambda state: _step(architecture, weights, state, request), state)
 
 
 def _step(architecture, weights, state, request):
@@ -187,10 +173,14 @@ def _step(architecture, weights, state, request):
     x, cache, trace = decoder.decode(architecture, weights, token, span, state.cache, routing, record, lengths)
     state = dataclasses.replace(state, cache=dataclasses.replace(cache, lengths=lengths + real[:, 0]))
     if record:
-        chosen = _experts_of(architecture, trace, token.shape)
+        chosen = jnp.where(real[None, :, :, None], _experts_of(architecture, trace, token.shape), -1)
         experts = jax.lax.dynamic_update_slice_in_dim(state.experts, chosen, at, axis=2)
         state = dataclasses.replace(state, experts=experts)
     return _draw(architecture, weights, state, request, x[:, 0])
+
+
+#: One step by itself.
+step = jax.jit(_step, static_argnums=0, donate_argnums=2)
 
 
 def _draw(architecture, weights, state, request, x):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels.dims import Array as AnyArray
 
 from .cache import grow
-from .engine import Request, Sizes, decode, prefill, tokens_at_once
+from .engine import Request, Sizes, decode, prefill, step, tokens_at_once
 from .model import Model, check_inputs, forced_ids, is_integer
 from .sampling import make_sampler
 
@@ -92,6 +92,8 @@ def stream(model: Model, input_ids: Any, attention_mask: Any = None, **options: 
 
 #: A cache of up to so many columns is made at once.
 _COLUMNS = 512
+#: Steps that a GPU is given at once, see `_Run._decode_ahead`.
+_STEPS = 8
 #: Tokens of prompts that run at once, where tests say so.
 _TOKENS: int | None = None
 
@@ -141,7 +143,7 @@ class _Run:
             forced = _resized(forced[:, :, prompt:], room, 2, -1)
         else:
             self.forced = None
-        self.request = Request(
+        request = Request(
             sampler=self.sampler,
             key=jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key,
             eos=np.asarray(self.eos, np.int32),
@@ -150,6 +152,7 @@ class _Run:
             forced=forced,
             implementation=model.implementation,
         )
+        self.request = jax.device_put(request)  # once, and not with every step
         self.weights = model.arrays()
         self.state = self.prompt_experts = None
 
@@ -159,28 +162,44 @@ class _Run:
         self.state, self.prompt_experts = prefill(
             *static, self.weights, self.ids, self.lengths, self.forced, self.request
         )
+        self.count = 1
 
     def advance(self, limit: int) -> None:
         """Decode until `limit` new tokens stand, or all rows have ended; the cache grows where it has to."""
         while True:
             # The newest token is not in the cache, so one more stands than there are columns.
             reach = min(limit, self.capacity - self.longest + 1)
-            self.state = decode(self.model.architecture, self.weights, self.state, self.request, reach)
+            self._decode(reach)
             if reach == limit or bool(self.state.done.all()):
                 return
             self.capacity = min(2 * self.capacity, self.full)
             self.state = dataclasses.replace(self.state, cache=grow(self.state.cache, self.capacity))
+
+    def _decode(self, limit: int) -> None:
+        """Decode within the cache that there is."""
+        given = self.model.architecture, self.weights
+        if not _waits_for_the_host(self.weights):
+            self.state = decode(*given, self.state, self.request, limit)
+            return
+        ended = False
+        while self.count < limit:
+            self.state = step(*given, self.state, self.request)
+            self.count += 1
+            if self.count % _STEPS == 0:
+                if ended:  # the answer to the question before: steps are on their way while this waits for it
+                    return
+                ended = self.state.done.all()
 
     def steps(self) -> Iterator[np.ndarray]:
         """New tokens step by step."""
         if not self.new:
             return
         self.start()
-        for step in range(self.new):
-            self.advance(step + 1)
-            if int(self.state.step) <= step:
+        for index in range(self.new):
+            if index and bool(self.state.done.all()):
                 return
-            yield np.asarray(self.state.tokens[:, step])
+            self.advance(index + 1)
+            yield np.asarray(self.state.tokens[:, index])
 
     def result(self) -> np.ndarray | Generated:
         """Prompt and new tokens; what follows a row's end is padding."""
@@ -196,6 +215,11 @@ class _Run:
             return Generated(ids, ())
         parts = spread(np.asarray(self.prompt_experts), self.mask), np.asarray(self.state.experts)[:, :, : self.new]
         return Generated(ids, tuple(np.concatenate(parts, 2)))
+
+
+def _waits_for_the_host(weights: Any) -> bool:
+    """Whether the device is a GPU, which a loop on it that asks if rows have ended keeps waiting for the host."""
+    return next(iter(jax.tree.leaves(weights)[0].devices())).platform == "gpu"
 
 
 def _sizes(model: Model, rows: int, longest: int, room: int) -> tuple[int, Sizes, int]:

@@ -73,9 +73,10 @@ def profile(model: Model, batch: int, prompt: int, steps: int, what: str, folder
 
 
 def _program(executables: Sequence[Any], what: str) -> str:
-    """The text of the compiled program of that name; `generate` keeps its programs to itself."""
+    """The text of the program that does it; `generate` keeps its programs to itself, which are few steps on a GPU."""
+    name = {"decode": "decode|step"}.get(what, what)
     modules = [module for one in executables for module in one.hlo_modules()]
-    texts = [module.to_string() for module in modules if re.fullmatch(rf"jit_+{what}", module.name)]
+    texts = [module.to_string() for module in modules if re.fullmatch(rf"jit_+({name})", module.name)]
     if len(texts) != 1:
         raise ValueError(f"profile: {len(texts)} compiled programs of {what}, among {[m.name for m in modules]}")
     return texts[0]

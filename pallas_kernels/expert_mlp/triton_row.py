@@ -100,7 +100,7 @@ def moe_jax_expert_up_row(layer, x, ids, gate, gate_bias, up, up_bias, out, *, a
         matrix = first + expert
 
         kernels = [pair for pair in ((gate, gate_bias), (up, up_bias)) if pair[0] is not None]
-        load = functools.partial(stored.load_row, x, 0, tile.rows)
+        load = lambda *at: stored.load_row(x, 0, *at)[None, :]
         found = stored.row_products([kernel for kernel, _ in kernels], matrix, row, load, tile.step)
         for i, (_, bias) in enumerate(kernels):
             if bias is not None:

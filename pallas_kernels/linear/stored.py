@@ -18,7 +18,6 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..mxfp4 import GROUP, MXFP4Array
 from ..quantized import QuantizedArray
-from ..triton_call import zero_behind_a_barrier
 
 _F32, _I32, _U32 = jnp.float32, jnp.int32, jnp.uint32
 #: Triton's offsets are signed and have 32 bits for arrays of up to 4 GiB: bytes beyond 2 GiB are out of its reach.
@@ -26,8 +25,7 @@ _UNREACHABLE = range(2**31 + 1, 2**32 + 1)
 _PER_WORD = 8  # inputs in a word of an MXFP4Array
 _AHEAD = 4  # pieces of a row that are read before the first is multiplied
 
-#: `load(columns, there)` gives parts of x in float32, 0 where `there` is false (None: all is there), as often as there
-#: are rows, `[rows, columns]`: where threads load what they multiply, nothing changes hands.
+#: `load(columns, there)` gives parts of x in float32, `[1, columns]`, 0 where `there` is false (None: all is there).
 Load = Callable[[jax.Array, Any], jax.Array]
 
 
@@ -89,25 +87,20 @@ def row_products(kernels: Sequence[Any], matrix: Any, rows: jax.Array, load: Loa
     form, read = _form_of(kernels[0]), functools.partial(_load, matrix, rows, live)
     every = list(pieces(form.width, step_of(form.width, max(form.least, most // form.packed))))
     scales = [form.row_scales(kernel, read) for kernel in kernels]
-    totals, index = [0.0] * len(kernels), jnp.max(matrix) if matrix.ndim else matrix
+    totals = [0.0] * len(kernels)
     for first in range(0, len(every), _AHEAD):
         some = every[first : first + _AHEAD]
         weights = [[form.read(kernel, read, piece) for piece in some] for kernel in kernels]
-        zero = zero_behind_a_barrier(index)
-        index += zero  # the next one is not this one's, as far as the compiler sees
         for i, piece in enumerate(some):
-            x = form.inputs(load, piece._replace(columns=piece.columns + zero))
+            x = form.inputs(load, piece)
             totals = [total + form.multiply(own[i], x) for total, own in zip(totals, weights, strict=True)]
     return [jnp.sum(total * scale, axis=1) for total, scale in zip(totals, scales, strict=True)]
 
 
-def load_row(ref: Any, lead: Any, rows: int, columns: jax.Array, there: Any = None) -> jax.Array:
-    """Columns of `ref[lead]` in float32, `rows` times (`Load`)."""
-    shape = rows, columns.shape[0]
-    at = jnp.full(shape, lead, _I32), jnp.broadcast_to(columns[None, :], shape)
-    if there is None:
-        return pltriton.load(ref.at[at]).astype(_F32)
-    return pltriton.load(ref.at[at], mask=jnp.broadcast_to(there[None, :], shape), other=0.0).astype(_F32)
+def load_row(ref: Any, lead: Any, columns: jax.Array, there: Any = None) -> jax.Array:
+    """Columns of `ref[lead]` in float32."""
+    mask = {} if there is None else dict(mask=there, other=0.0)
+    return pltriton.load(ref.at[jnp.full(columns.shape, lead, _I32), columns], **mask).astype(_F32)
 
 
 def arranged(kernel: Any, x: jax.Array) -> jax.Array:

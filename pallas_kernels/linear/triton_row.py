@@ -78,7 +78,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
 
         @pl.when((program >= first) & (program < first + programs[i]))
         def _(first=first, kernel=kernel, bias=biases[i] if biases else None, out=outs[i], rows=rows[i]):
-            size, x = kernel.shape[1], _Row(x_ref, norm, rows)
+            size, x = kernel.shape[1], _Row(x_ref, norm)
             target = (program - first) * rows + lax.iota(jnp.int32, rows)
             row = jnp.minimum(target, size - 1)
             # what is added at the end is on its way first
@@ -96,7 +96,7 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
 
         @pl.when(program == first)
         def _():
-            x = _Row(x_ref, norm, 1)
+            x = _Row(x_ref, norm)
             for _, column, there in _pieces(x_ref.shape[1]):
                 y = (x.load(column, there)[0] * x.factor()).astype(x_ref.dtype)
                 pltriton.store(outs[-1].at[jnp.zeros_like(column), column], y, mask=there)
@@ -106,27 +106,27 @@ class _Row:
     """The input `[1, K]` as products want it: columns times the norm's scale, and the factor that is still to apply.
 
     The factor is computed when columns are first asked for: products have read weights by then, which are on their way
-    while x is added up. Columns come `rows` times, so that each thread loads what it multiplies.
+    while x is added up.
     """
 
-    def __init__(self, ref, norm, rows):
-        self._ref, self._norm, self._rows, self._factor = ref, norm, rows, None
+    def __init__(self, ref, norm):
+        self._ref, self._norm, self._factor = ref, norm, None
         self._layer = None if norm is None else norm.layer[0]
 
     def load(self, column, there):
-        """Columns in float32, `[rows, columns]`."""
-        x = stored.load_row(self._ref, 0, self._rows, column, there)
+        """Columns in float32, `[1, columns]`."""
+        x = stored.load_row(self._ref, 0, column, there)
         if self._norm is not None:
-            x *= stored.load_row(self._norm.scale, self._layer, self._rows, column, there)
+            x *= stored.load_row(self._norm.scale, self._layer, column, there)
             self.factor()
-        return x
+        return x[None, :]
 
     def factor(self):
         if self._factor is None:
             self._factor = jnp.float32(1)
             if self._norm is not None:
                 width = self._ref.shape[1]
-                pieces = [stored.load_row(self._ref, 0, 1, column, there) for _, column, there in _pieces(width)]
+                pieces = [stored.load_row(self._ref, 0, column, there) for _, column, there in _pieces(width)]
                 squares = sum(jnp.sum(jnp.square(x)) for x in pieces)
                 self._factor = lax.rsqrt(squares / width + self._norm.epsilon)
         return self._factor

@@ -53,7 +53,7 @@ def program(name, rows, columns=256, **changes):
         implementation=None,
     )
     with mesh_of():
-        traced = engine.decode.trace(architecture, weights, state, request, jnp.int32(100))
+        traced = engine.step.trace(architecture, weights, state, request)
         return architecture, traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
