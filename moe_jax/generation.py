@@ -92,7 +92,7 @@ def stream(model: Model, input_ids: Any, attention_mask: Any = None, **options: 
 
 #: A cache of up to so many columns is made at once.
 _COLUMNS = 512
-#: Steps that a GPU is given at once, see `_Run._decode_ahead`.
+#: Steps on a GPU between two questions whether all rows have ended.
 _STEPS = 8
 #: Tokens of prompts that run at once, where tests say so.
 _TOKENS: int | None = None

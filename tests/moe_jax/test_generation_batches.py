@@ -197,29 +197,24 @@ def test_rows_that_have_ended_take_no_expert(free):
             np.testing.assert_array_equal(layer[row, :9] >= 0, np.repeat(mask[row, :, None] == 1, 2, 1))
 
 
-@pytest.mark.parametrize("rows", [3, 1])
-def test_steps_one_by_one_as_a_gpu_takes_them(rows, monkeypatch):
-    """They run on for a while when all rows have ended, and the cache grows on the way."""
-    ids, mask = (values[:rows] for values in batch(left=True))
-    free = run(ids, mask)[:, 9:]
+def test_steps_one_by_one_as_a_gpu_takes_them(monkeypatch):
+    """They run on for a while when the row has ended, and the cache grows on the way."""
+    ids, mask = (values[:1] for values in batch(left=True))
     monkeypatch.setattr(generation, "_COLUMNS", 16)
     monkeypatch.setattr(generation, "_STEPS", 2)
-    ends = tuple({int(row[6]) for row in free})
-    options = {"eos_token_id": ends, "return_record": True}
-    given = golden_model("mixtral"), ids, mask
-    want, tokens = generate(*given, NEW, **options), list(stream(*given, max_new_tokens=NEW, eos_token_id=ends))
+    end = int(run(ids, mask)[0, 9 + 6])
+    given, options = (golden_model("mixtral"), ids, mask), {"max_new_tokens": 50, "eos_token_id": end}
+    want, tokens = generate(*given, return_record=True, **options), list(stream(*given, **options))
+    assert len(tokens) <= 7
     monkeypatch.setattr(generation, "_waits_for_the_host", lambda weights: True)
-    got = generate(*given, NEW, **options)
+    got = generate(*given, return_record=True, **options)
     np.testing.assert_array_equal(got.ids, want.ids)
     np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
-    np.testing.assert_array_equal(list(stream(*given, max_new_tokens=NEW, eos_token_id=ends)), tokens)
-    np.testing.assert_array_equal(run(ids, mask)[:, 9:], free)
-    assert len(tokens) < NEW
-
-    made = generation._Run(*given, 100, ends)
+    np.testing.assert_array_equal(list(stream(*given, **options)), tokens)
+    made = generation._Run(*given, 50, end)
     made.start()
-    made.advance(100)
-    assert made.count <= len(tokens) + 4  # asked every two steps, answered two later
+    made.advance(50)
+    assert len(tokens) <= made.count <= len(tokens) + 4  # asked every two steps, answered two later
 
 
 def layers(model):

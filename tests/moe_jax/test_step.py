@@ -144,7 +144,7 @@ def test_generation_is_the_same(case, monkeypatch):
         logits, sample = [], engine.sample
 
         def reporting(sampler, row, key, seen=None):
-            # not `ordered`, which JAX does not lower where the loop over steps depends on the platform
+            # not `ordered`, which JAX does not lower where the loop over layers depends on the platform
             jax.debug.callback(lambda row: logits.append(np.asarray(row)), row)
             return sample(sampler, row, key, seen)
 
