@@ -79,9 +79,9 @@ def zero_behind_a_barrier(index):
     """0, which the compiler does not know, from a reduction in which the warps of a program meet (two or more of them).
 
     What a kernel reads before this, it reads before the barrier; what it computes with the result, it computes behind
-    it. Left to itself the compiler puts each read right before its use, behind the wait for the one before: a program
-    of four rows of weights then waits for memory four times, one after the other. `index`: any integer that is known
-    only when the kernel runs, but for the lowest.
+    it. Left to itself the compiler puts each read right before its use, behind the wait for the one before, and a
+    program that few others run beside waits for memory so many times. `index`: any integer that is known only when the
+    kernel runs, but for the lowest.
     """
     lowest = jnp.iinfo(jnp.int32).min
     return pl.multiple_of(jnp.max(jnp.where(index == lowest, lax.iota(jnp.int32, _MEETING), 0)), 16)
