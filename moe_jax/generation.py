@@ -55,8 +55,9 @@ def generate(
     `kv_cache_dtype` "int8" keeps keys and values in about half the memory of bfloat16, with a scale for each token's
     head; logits move by about 1.5 % of their spread (docs/decisions.md); None keeps them in the model's dtype.
     Returns int32 `[B, T + max_new_tokens]`: new tokens start at column T whatever the padding; rows that end early
-    are filled with the pad token, else the end token. It stops as soon as all rows have ended. The cache begins with
-    512 columns, or twice the prompt's if that is more (fewer, if fewer can be needed), and doubles when it is full.
+    are filled with the pad token, else the end token. It stops when all rows have ended (a GPU up to 16 steps later).
+    The cache begins with 512 columns, or twice the prompt's if that is more (fewer, if fewer can be needed), and
+    doubles when it is full.
     Long prompts run in pieces, so that what layers need beside the cache stays at about a gigabyte. With LongRoPE
     (Phi-3.5-MoE) all rows rotate by the long factors if the longest could pass the original length.
     Raises `ValueError` for arguments out of range, ids outside the vocabulary, or more tokens than the context.
@@ -152,9 +153,8 @@ class _Run:
             forced=forced,
             implementation=model.implementation,
         )
-        self.request = jax.device_put(request)  # once, and not with every step
-        self.weights = model.arrays()
-        self.state = self.prompt_experts = None
+        self.request, self.weights = jax.device_put((request, model.arrays()))  # once, and not with every step
+        self.state, self.prompt_experts, self.count = None, None, 0
 
     def start(self) -> None:
         """Prefill the cache and draw the first new token."""
@@ -178,15 +178,16 @@ class _Run:
     def _decode(self, limit: int) -> None:
         """Decode within the cache that there is."""
         given = self.model.architecture, self.weights
-        if not _waits_for_the_host(self.weights):
+        if not _on_gpu(self.weights):
             self.state = decode(*given, self.state, self.request, limit)
             return
+        # A loop on a GPU that asks if rows have ended waits for the host each time: steps are sent ahead instead.
         ended = False
         while self.count < limit:
             self.state = step(*given, self.state, self.request)
             self.count += 1
             if self.count % _STEPS == 0:
-                if ended:  # the answer to the question before: steps are on their way while this waits for it
+                if ended:  # waits for the answer to the question before, while the steps since then run
                     return
                 ended = self.state.done.all()
 
@@ -217,8 +218,7 @@ class _Run:
         return Generated(ids, tuple(np.concatenate(parts, 2)))
 
 
-def _waits_for_the_host(weights: Any) -> bool:
-    """Whether the device is a GPU, which a loop on it that asks if rows have ended keeps waiting for the host."""
+def _on_gpu(weights: Any) -> bool:
     return next(iter(jax.tree.leaves(weights)[0].devices())).platform == "gpu"
 
 

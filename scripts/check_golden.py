@@ -7,7 +7,8 @@ Full, right- and left-padded runs (logits, hidden states, routing) and greedy id
 precision. Exits with 1 if anything differs beyond the golden tolerances. With `--dtype bfloat16` or float16 greedy ids
 are compared with float32's choice for the same prefix instead. A different choice is wrong where its float32 logit lies
 further below the best one than rounding can bring it, twice the largest error of any logit at that place, both runs
-following the experts that ran: a router's choice that rounding turns changes logits by far more than rounding.
+following the experts that ran: a router's choice that rounding turns changes logits by far more than rounding. How many
+of the tokens' experts are float32's own, behind the same experts in the layers before, is counted beside it.
 """
 
 import argparse
@@ -48,8 +49,11 @@ def outputs(model: moe_jax.Model, gold) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in found.items() if name in gold}
 
 
-def greedy(path: Path, dtype: str, gold) -> tuple[int, int, int]:
-    """Of the ids generated in `dtype`: float32's own choices, others that rounding allows, and wrong ones."""
+def greedy(path: Path, dtype: str, gold) -> tuple[int, int, int, str]:
+    """Of the ids generated in `dtype`: float32's own choices, others that rounding allows, and wrong ones.
+
+    With words on the experts.
+    """
     exact, model = (moe_jax.load_pretrained(path, dtype=kind) for kind in ("float32", dtype))
     prompt, new = gold["prompt_ids"], gold["generated_ids"].shape[1]
     made = moe_jax.generate(model, prompt, max_new_tokens=new, eos_token_id=(), return_record=True)
@@ -64,7 +68,18 @@ def greedy(path: Path, dtype: str, gold) -> tuple[int, int, int]:
     same = gap(logits(exact, None)) == 0
     want, got = (logits(one, made.expert_ids or None) for one in (exact, model))
     allowed = gap(want) <= 2 * np.abs(want - got).max(-1)
-    return int(same.sum()), int((~same & allowed).sum()), int((~same & ~allowed).sum())
+    return int(same.sum()), int((~same & allowed).sum()), int((~same & ~allowed).sum()), experts(exact, made)
+
+
+def experts(exact: moe_jax.Model, made) -> str:
+    """On how many tokens' experts `exact` agrees with `made`, each layer given the experts of those before."""
+    agreed = total = 0
+    for layer, ran in enumerate(made.expert_ids):
+        free = [np.where(layer == other, -1, ids) for other, ids in enumerate(made.expert_ids)]
+        own = exact(made.ids, routing=free, return_record=True).expert_ids[layer]
+        real = (ran >= 0).any(-1)
+        agreed, total = agreed + int((own == ran).all(-1)[real].sum()), total + int(real.sum())
+    return f"; experts of {agreed} of {total}" if total else ""
 
 
 def main() -> int:
@@ -81,10 +96,10 @@ def main() -> int:
             continue
         gold = np.load(path / "expected.npz")
         if options.dtype != "float32":
-            same, near, wrong = greedy(path, options.dtype, gold)
+            same, near, wrong, ran = greedy(path, options.dtype, gold)
             failed += bool(wrong)
             print(f"{path.name}: {same} of {same + near + wrong} ids are float32's, {near} more are within rounding, "
-                  f"{wrong} wrong ({time.perf_counter() - begin:.0f} s)", flush=True)  # fmt: skip
+                  f"{wrong} wrong{ran} ({time.perf_counter() - begin:.0f} s)", flush=True)  # fmt: skip
             continue
         model = moe_jax.load_pretrained(path, dtype="float32")
         found = outputs(model, gold)

@@ -73,8 +73,8 @@ def profile(model: Model, batch: int, prompt: int, steps: int, what: str, folder
 
 
 def _program(executables: Sequence[Any], what: str) -> str:
-    """The text of the program that does it; `generate` keeps its programs to itself, which are few steps on a GPU."""
-    name = {"decode": "decode|step"}.get(what, what)
+    """The text of the compiled program that does it; `generate` keeps its programs to itself."""
+    name = "decode|step" if what == "decode" else what  # a loop, or on a GPU a step by itself
     modules = [module for one in executables for module in one.hlo_modules()]
     texts = [module.to_string() for module in modules if re.fullmatch(rf"jit_+({name})", module.name)]
     if len(texts) != 1:

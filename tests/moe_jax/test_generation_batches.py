@@ -197,6 +197,12 @@ def test_rows_that_have_ended_take_no_expert(free):
             np.testing.assert_array_equal(layer[row, :9] >= 0, np.repeat(mask[row, :, None] == 1, 2, 1))
 
 
+def test_a_model_of_numpy_arrays(free):
+    model = golden_model("mixtral")
+    held = Model(model.config, jax.tree.map(np.asarray, model.arrays()))
+    np.testing.assert_array_equal(generate(held, *batch(left=True), NEW, eos_token_id=())[:, 9:], free)
+
+
 def test_steps_one_by_one_as_a_gpu_takes_them(monkeypatch):
     """They run on for a while when the row has ended, and the cache grows on the way."""
     ids, mask = (values[:1] for values in batch(left=True))
@@ -206,7 +212,7 @@ def test_steps_one_by_one_as_a_gpu_takes_them(monkeypatch):
     given, options = (golden_model("mixtral"), ids, mask), {"max_new_tokens": 50, "eos_token_id": end}
     want, tokens = generate(*given, return_record=True, **options), list(stream(*given, **options))
     assert len(tokens) <= 7
-    monkeypatch.setattr(generation, "_waits_for_the_host", lambda weights: True)
+    monkeypatch.setattr(generation, "_on_gpu", lambda weights: True)
     got = generate(*given, return_record=True, **options)
     np.testing.assert_array_equal(got.ids, want.ids)
     np.testing.assert_array_equal(got.expert_ids, want.expert_ids)
