@@ -2,6 +2,7 @@
 
 from . import convert, router
 from ._version import __version__
+from .axes import Axes
 from .config import ModelConfig
 from .deepspeed import MoEInference, MoEInferenceConfig, MoEMLP, SelfAttention, TopKGate
 from .generation import Generated, generate, stream
@@ -10,11 +11,14 @@ from .moe import MoE
 from .pretrained import load_pretrained, save_pretrained
 from .quantize import dequantize, quantize
 from .router import Routing
+from .shard import gather, shard
+from .sharding import make_mesh
 from .text import generate_text, score, stream_text
 from .tokenizer import load_tokenizer
 from .upcycle import upcycle
 
 __all__ = [
+    "Axes",
     "Generated",
     "MoE",
     "MoEInference",
@@ -29,14 +33,17 @@ __all__ = [
     "__version__",
     "convert",
     "dequantize",
+    "gather",
     "generate",
     "generate_text",
     "load_pretrained",
     "load_tokenizer",
+    "make_mesh",
     "quantize",
     "router",
     "save_pretrained",
     "score",
+    "shard",
     "stream",
     "stream_text",
     "upcycle",

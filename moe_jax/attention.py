@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import prefill_attention, xla
 from pallas_kernels.attention.xla import MASKED, grouped_mix, grouped_scores, heads_first, tokens_first
-from pallas_kernels.quantized import dense
+from pallas_kernels.dims import Array as AnyArray
+from pallas_kernels.quantized import QuantizedArray, dense
 
+from .axes import own_part
 from .block_config import AttentionConfig
 from .linear import linear
 from .norm import rms_norm
@@ -104,13 +106,25 @@ def _qk_norm(config, weights, q, k, varying):
     if config.qk_norm == "head":
         return rms_norm(q, weights["q_norm"], epsilon), rms_norm(k, weights["k_norm"], epsilon)
     if config.qk_norm == "full":
-        return tuple(rms_norm(t, weights[n], epsilon, axis=(-2, -1)) for t, n in ((q, "q_norm"), (k, "k_norm")))
+        return tuple(
+            rms_norm(t, weights[name], epsilon, (-2, -1), over)
+            for t, name, over in zip((q, k), ("q_norm", "k_norm"), _over(config), strict=True)
+        )
     if config.qk_norm == "l2":
         normed = rms_norm(q, None, epsilon), rms_norm(k, None, epsilon)
         if isinstance(varying.rotary, bool):
             return normed if varying.rotary else (q, k)
         return tuple(jnp.where(varying.rotary, n, t) for n, t in zip(normed, (q, k), strict=True))
     return q, k
+
+
+def _over(config: AttentionConfig) -> tuple[Any, Any]:
+    """Over what norms of all heads together go, for queries and keys, see `rms_norm`."""
+    if not config.axes:
+        return None, None
+    # keys stand once for every group of a device's query heads
+    keys = config.all_heads // (config.num_heads // config.num_kv_heads)
+    return (config.axes, config.all_heads * config.head_dim), (config.axes, keys * config.head_dim)
 
 
 def _project_latent(config, weights, x, span):
@@ -137,7 +151,7 @@ def attend(
     span: Span,
     varying: Varying,
 ) -> Float[Array, "B T D"]:
-    """Attention of `q` over cache `entries`, and the output projection."""
+    """Attention of `q` over cache `entries`, and the output projection: the part of a device's heads."""
     if span.start is not None and config.causal and config.latent is None and not config.alibi:
         mixed = prefill_attention(
             *(q, entries["k"], entries["v"], span.lengths, span.start),
@@ -148,7 +162,10 @@ def attend(
         )
     else:
         mixed = _in_blocks(config, weights, q, entries, span, varying)
-    kernel = dense(weights["o"], q.dtype)
+    kernel = weights["o"]
+    if isinstance(kernel, QuantizedArray):  # contracted axes lie in one already
+        kernel = dataclasses.replace(kernel, inputs=None)
+    kernel = dense(kernel, q.dtype)
     kernel = kernel.reshape(kernel.shape[0], -1)
     return linear(mixed.reshape(*mixed.shape[:2], -1), kernel, weights.get("o_bias"))
 
@@ -179,6 +196,15 @@ def slopes(num_heads: int) -> np.ndarray:
     return np.asarray([2.0 ** (-8 * step) for step in steps], np.float32)
 
 
+def _own_slopes(config: AttentionConfig) -> Float[AnyArray, " N"]:
+    """The slopes of a device's heads."""
+    if not config.axes:
+        return slopes(config.num_heads)
+    every = slopes(config.all_heads)
+    short = config.num_heads * jax.lax.axis_size(config.axes) - config.all_heads
+    return own_part(jnp.asarray(np.pad(every, (0, short))), config.axes, 0)
+
+
 def probabilities(
     config: AttentionConfig,
     weights: Weights,
@@ -190,7 +216,7 @@ def probabilities(
     scores = scores * (config.scale / varying.score_divisor)
     if config.alibi:
         distance = (span.keys(scores.shape[-1])[:, None, :] - span.positions[:, :, None]).astype(jnp.float32)
-        scores = scores + slopes(config.num_heads)[:, None, None] * distance[:, None]
+        scores = scores + _own_slopes(config)[:, None, None] * distance[:, None]
     if span.bias is not None:
         scores = scores + span.bias
     seen = visible(span, varying, scores.shape[-1], config.causal)

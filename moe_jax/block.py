@@ -11,7 +11,9 @@ import pallas_kernels
 from pallas_kernels import Activation, Experts
 from pallas_kernels.dims import Array as AnyArray
 
+from . import exchange
 from .attention import Span, Varying, attend, project
+from .axes import add_up
 from .block_config import BlockConfig
 from .cache import read_entries, write_entries
 from .linear import linear
@@ -25,12 +27,14 @@ from .weights import Weights
 class Choice:
     """What an MoE layer's router did: logits `[G, E]`, ids (-1: the token took no expert) and weights `[G, A]`.
 
-    In a `Trace` all MoE layers are stacked in front.
+    `overflow`: tokens of all devices that took an exchange's second pass. In a `Trace` all MoE layers are stacked in
+    front.
     """
 
     logits: Float[Array, "*Lm G E"]
     ids: Int[Array, "*Lm G A"]
     weights: Float[Array, "*Lm G A"]
+    overflow: Int[Array, "*Lm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,7 @@ def block(
             h, choice = moe(config, weights, h, place, routing)
         else:
             h = mlp(config.dense.activation, take(weights["dense"], place.of_kind), h)
+            h = add_up(h, config.axes.hidden)
         x = add(config, weights, x, h, place, "mlp")
     return x, entries, choice
 
@@ -109,11 +114,11 @@ def self_attention(config, weights, h, place, span, entries, column):
         entries = write_entries(entries, new, place.layer, column)
     # The first tokens of an empty cache are all there is to see: no need to read them back.
     seen = new if entries is None or span.fresh else read_entries(entries, place.layer, column, len(h))
-    return attend(config.attention, own, q, seen, span, place.varying), entries
+    return add_up(attend(config.attention, own, q, seen, span, place.varying), config.attention.axes), entries
 
 
 def mlp(activation: Activation, weights: Weights, x: Float[Array, "*G D"]) -> Float[Array, "*G D"]:
-    """A dense MLP with the expert's formula."""
+    """A dense MLP with the expert's formula: the part of a device's hidden units."""
 
     def product(x, name):
         return linear(x, weights[name], weights.get(f"{name}_bias"))
@@ -152,17 +157,37 @@ def moe(
         else:
             own = {"router": jax.lax.dynamic_slice_in_dim(group["router"], place.first, place.num_experts)}
         real = None if request.real is None else jnp.ravel(request.real)
-        choice = Choice(*choose(config.router, own, rows, forced, real))
+        logits, ids, gates = choose(config.router, own, rows, forced, real, config.axes.batch)
     stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
-    ids = choice.ids
-    if place.first is not None:  # the flat stack holds other layers' experts before and behind these
-        ids, index = jnp.where(ids >= 0, ids + place.first, -1), None
-    y = run_experts(config.router.scale_input, rows, ids, choice.weights, experts, index, request.implementation)
+    y, overflow = routed(config, rows, ids, gates, experts, place, request.implementation)
     if config.shared is not None:
         own = take(weights["shared"], place.of_kind)
         y = combine(config, own, rows, y, mlp(config.shared.activation, own, rows))
-    return y.reshape(x.shape), choice
+    return add_up(y, config.axes.hidden).reshape(x.shape), Choice(logits, ids, gates, overflow)
+
+
+def routed(config: BlockConfig, rows, ids, gates, experts: Experts, place: Place, implementation, residual=None):
+    """Experts on `rows [G, D]`, wherever they are, plus `residual`; and how many tokens took a second pass.
+
+    `experts`: the stacks of a device. Each of several devices along `config.axes.hidden` gives its part of the output.
+    """
+    ranks = 1 if not config.axes.experts else jax.lax.axis_size(config.axes.experts)
+    scale, layer, first = config.router.scale_input, place.of_kind, 0
+    if place.first is not None:  # the flat stack holds other layers' experts before and behind these
+        layer, first = None, place.first // ranks
+
+    def run(rows, ids, gates, residual=None):
+        ids = jnp.where(ids >= 0, ids + first, -1) if place.first is not None else ids
+        return run_experts(scale, rows, ids, gates, experts, layer, implementation, residual)
+
+    if ranks == 1:
+        return run(rows, ids, gates, residual), jnp.zeros((), jnp.int32)
+    each = experts.num_experts if place.first is None else place.num_experts // ranks
+    spread = set(config.axes.experts) <= set(config.axes.batch)
+    work = exchange.Work(rows, ids, gates, run, each, config.axes.experts, spread)
+    y, overflow = exchange.exchange(config.exchange, work)
+    return y if residual is None else residual + y, overflow
 
 
 def combine(config: BlockConfig, weights: Weights, rows: Array, routed: Array, shared: Array) -> Array:

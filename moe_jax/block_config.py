@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from pallas_kernels import Activation
 
+from .axes import Axes
 from .routing import GateRule
 
 
@@ -80,7 +81,8 @@ class AttentionConfig:
     `scale` multiplies the scores. `causal`: queries see no later position. `alibi`: scores fall with distance, at a
     slope per head (arXiv:2108.12409). `qk_norm`: RMSNorm of queries and keys per head (`head`), over all heads together
     (`full`), or per head without weight on the layers with rotary positions (`l2`). `clip` bounds q, k and v.
-    `sinks`: one learned logit per head that takes part in the softmax and is then left out (gpt-oss).
+    `sinks`: one learned logit per head that takes part in the softmax and is then left out (gpt-oss). A device's share
+    of it (`moe_jax.sharding`) has fewer heads: those of all devices along mesh `axes` are `all_heads`.
     """
 
     num_heads: int
@@ -99,6 +101,8 @@ class AttentionConfig:
     latent: LatentConfig | None = None
     causal: bool = True
     alibi: bool = False
+    axes: tuple[str, ...] = ()
+    all_heads: int | None = None
 
     def __post_init__(self):
         _positive(self, "num_heads", "num_kv_heads", "head_dim", "value_dim")
@@ -176,7 +180,8 @@ class BlockConfig:
     `shared`: an MLP beside the experts that every token takes; `shared_gate`: its output times a learned sigmoid;
     `mix`: experts and `shared` are weighed by a softmax over two learned coefficients (PR-MoE, arXiv:2201.05596), in
     this order of the two, with a bias if `mix_bias`. `residual_scale` multiplies each sublayer's output before it is
-    added. `skip_attention` false: attention's output replaces the stream (DeepSpeed's literal data flow).
+    added. `skip_attention` false: attention's output replaces the stream (DeepSpeed's literal data flow). `axes`: the
+    mesh axes that a device's share is cut along, `exchange` how it meets other devices' experts (`moe_jax.exchange`).
     """
 
     width: int
@@ -191,6 +196,8 @@ class BlockConfig:
     mix: Literal["experts_first", "shared_first"] | None = None
     mix_bias: bool = False
     skip_attention: bool = True
+    axes: Axes = Axes()
+    exchange: str | None = None
 
     def __post_init__(self):
         _positive(self, "width")

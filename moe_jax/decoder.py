@@ -13,6 +13,7 @@ from pallas_kernels.linear import linear
 from pallas_kernels.quantized import dense, is_quantized
 
 from .attention import Span, Varying
+from .axes import add_up, gathered
 from .block import Choice, Place, RoutingRequest, block
 from .block_config import Architecture, AttentionConfig, LayerConfig
 from .cache import KVCache
@@ -106,7 +107,7 @@ def decode(
     returns what each layer did.
     """
     weights = _with_flat_outputs(weights)
-    x = dense(weights["embedding"][ids])
+    x = _embedded(architecture, weights["embedding"], ids)
     if architecture.learned_positions:
         x = x + weights["positions"][span.positions]
     if architecture.embedding_scale != 1.0:
@@ -139,6 +140,16 @@ def decode(
     if cache is not None:
         cache = dataclasses.replace(cache, entries=entries)
     return x, cache, notes
+
+
+def _embedded(architecture: Architecture, table: Any, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the embedding, which may lie on several devices."""
+    axes = architecture.block.axes.vocab
+    if not axes:
+        return dense(table[ids])
+    ids = ids - jax.lax.axis_index(axes) * table.shape[0]
+    here = (ids >= 0) & (ids < table.shape[0])
+    return add_up(jnp.where(here[..., None], dense(table[jnp.where(here, ids, 0)]), 0), axes)
 
 
 def _repeat(period: Callable[[Any, Any], Any], repeats: int, carry: Any, few: bool) -> Any:
@@ -195,6 +206,7 @@ def _empty_trace(architecture: Architecture, x: Array) -> Trace:
             logits=jnp.zeros((layers, rows, router.num_experts), jnp.float32),
             ids=jnp.zeros((layers, rows, router.top_k), jnp.int32),
             weights=jnp.zeros((layers, rows, router.top_k), jnp.float32),
+            overflow=jnp.zeros(layers, jnp.int32),
         )
     return Trace(jnp.zeros((len(architecture.layers), *x.shape), x.dtype), choices)
 
@@ -230,5 +242,6 @@ def logits(architecture: Architecture, weights: Weights, normed: Float[Array, "*
     kernel = weights["embedding"] if architecture.tied else weights["head"]["kernel"]
     biases = [weights["head"]["bias"]] if architecture.head_bias else None
     (y,) = linear(normed.reshape(-1, normed.shape[-1]), [kernel], biases=biases, dtype=jnp.float32)
+    y = gathered(y, architecture.block.axes.vocab, 1)[:, : architecture.vocab_size]
     y = y.reshape(*normed.shape[:-1], -1)
     return y if architecture.logit_divisor == 1.0 else y / architecture.logit_divisor

@@ -2,21 +2,24 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.dims import Array as AnyArray
 
 from . import decoder
 from .attention import Span
+from .axes import add_up
 from .block import RoutingRequest
 from .block_config import Architecture
-from .cache import Corner, KVCache, make_cache
+from .cache import Corner, KVCache, entry_shapes, make_cache
 from .model import ascending, id_dtype
 from .sampling import Sampler, sample
+from .sharding import Sharding, leaf_specs
 
 
 @jax.tree_util.register_dataclass
@@ -81,13 +84,44 @@ def tokens_at_once(architecture: Architecture, itemsize: int) -> int:
     return max(2048, min(16384, 1 << max(0, fit.bit_length() - 1)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def prefill(architecture, sizes, record, weights, ids, lengths, forced, request):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="sharding")
+def prefill(architecture, sizes, record, weights, ids, lengths, forced, request, *, sharding=None):
     """Fill a new cache with `ids [B, T]`, of which the first `lengths [B]` are real, and draw the first new token.
 
-    Pieces of `sizes.rows` rows and `sizes.columns` columns run one after the other, in a loop, if that is not all.
+    A row of length 0 is none, and done from the beginning. Pieces of `sizes.rows` rows and `sizes.columns` columns run
+    one after the other, in a loop, if that is not all; with a `sharding`, on every device.
     Returns the state and, if they are to be recorded, the experts of the prompt `[Lm, B, T, A]`.
     """
+    if sharding is None:
+        return _prefill(architecture, sizes, record, weights, ids, lengths, forced, request)
+    recorded = record and bool(architecture.moe_layers)
+    rows, layered = sharding.batch, PartitionSpec(None, *sharding.batch)
+    run = functools.partial(_prefill, sharding.local(architecture), sizes, record)
+    given = leaf_specs(weights, sharding.specs(architecture)), rows, rows, None if forced is None else layered
+    state = _state_specs(architecture, sharding, request.sampler.repetition_penalty is not None, recorded)
+    made = state, layered if recorded else None
+    return sharding.map(run, (*given, _request_specs(request, layered)), made)(weights, ids, lengths, forced, request)
+
+
+def _state_specs(architecture, sharding: Sharding, seen: bool, recorded: bool) -> Any:
+    """How a state lies on a mesh."""
+    rows: Any = sharding.batch
+    whole: Any = PartitionSpec()
+    layered: Any = PartitionSpec(None, *rows)
+    latent = architecture.block.attention.latent is not None
+    entry = layered if latent else PartitionSpec(*layered, sharding.axes.heads or None)
+    entries = dict.fromkeys(entry_shapes(architecture.block.attention), entry)
+    return State(KVCache(entries, rows), rows, rows, rows if seen else None, layered if recorded else None, whole)
+
+
+def _request_specs(request: Request, forced: PartitionSpec) -> Request:
+    """How a request lies on a mesh: only its forced choices are cut."""
+    whole = jax.tree.map(lambda _: PartitionSpec(), request)
+    return dataclasses.replace(whole, forced=None if request.forced is None else forced)
+
+
+def _prefill(architecture, sizes, record, weights, ids, lengths, forced, request):
+    """`prefill` on a device."""
     (rows, width), lengths = ids.shape, jnp.asarray(lengths)
     record = record and bool(architecture.moe_layers)
     dtype = weights["embedding"].dtype
@@ -113,7 +147,7 @@ def prefill(architecture, sizes, record, weights, ids, lengths, forced, request)
     state = State(
         cache=KVCache(entries, lengths),
         tokens=jnp.full((rows, sizes.room), request.pad, jnp.int32),
-        done=jnp.zeros(rows, bool),
+        done=lengths == 0,
         seen=seen,
         experts=_no_experts(architecture, rows, sizes.room) if record else None,
         step=jnp.zeros((), jnp.int32),
@@ -128,7 +162,7 @@ def _piece(architecture, sizes, weights, prompt, request, carry, row, start):
     own = jax.lax.dynamic_slice_in_dim(lengths, row, rows)
     columns = start + jnp.arange(sizes.columns, dtype=jnp.int32)
     # Padding stands where the row's last token does: no table of positions ends before it.
-    positions = jnp.minimum(columns, own[:, None] - 1)
+    positions = jnp.clip(columns, 0, jnp.maximum(own[:, None] - 1, 0))
     turn = decoder.make_turn(architecture.block.attention, positions, request.total)
     span = Span(positions, turn=turn, start=start, lengths=own)
     if forced is not None:
@@ -148,11 +182,33 @@ def _piece(architecture, sizes, weights, prompt, request, carry, row, start):
     return cache.entries, last, experts
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(architecture, weights, state, request, limit):
+@functools.partial(jax.jit, static_argnums=0, static_argnames="sharding", donate_argnums=2)
+def decode(architecture, weights, state, request, limit, *, sharding=None):
     """Step until `limit` new tokens stand, or all rows have ended."""
-    unfinished = lambda state: (state.step < limit) & ~state.done.all()
-    return jax.lax.while_loop(unfinished, lambda state: _step(architecture, weights, state, request), state)
+    return _on_devices(_decode, architecture, sharding, weights, state, request, limit)
+
+
+def _decode(architecture, weights, state, request, limit):
+    axes = architecture.block.axes.batch
+    unfinished = lambda state: add_up((~state.done).sum(), axes) > 0
+
+    def run(carry):
+        state = _step(architecture, weights, carry[0], request)
+        return state, unfinished(state)
+
+    going = lambda carry: (carry[0].step < limit) & carry[1]
+    return jax.lax.while_loop(going, run, (state, unfinished(state)))[0]
+
+
+def _on_devices(run, architecture, sharding, weights, state, request, *rest):
+    """`run` on whole arrays, or on every device's share of them."""
+    if sharding is None:
+        return run(architecture, weights, state, request, *rest)
+    lies = _state_specs(architecture, sharding, state.seen is not None, state.experts is not None)
+    forced = _request_specs(request, PartitionSpec(None, *sharding.batch))
+    given = leaf_specs(weights, sharding.specs(architecture)), lies, forced, *[PartitionSpec()] * len(rest)
+    run = functools.partial(run, sharding.local(architecture))
+    return sharding.map(run, given, lies)(weights, state, request, *rest)
 
 
 def _step(architecture, weights, state, request):
@@ -179,8 +235,10 @@ def _step(architecture, weights, state, request):
     return _draw(architecture, weights, state, request, x[:, 0])
 
 
-#: One step by itself.
-step = jax.jit(_step, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="sharding", donate_argnums=2)
+def step(architecture, weights, state, request, *, sharding=None):
+    """One step by itself."""
+    return _on_devices(_step, architecture, sharding, weights, state, request)
 
 
 def _draw(architecture, weights, state, request, x):
@@ -189,7 +247,9 @@ def _draw(architecture, weights, state, request, x):
         logits = decoder.logits(architecture, weights, decoder.final(architecture, weights, x))
     with jax.named_scope("sample"):
         key = None if request.key is None else jax.random.fold_in(request.key, state.step)
-        token = sample(request.sampler, logits, key, state.seen)
+        axes = architecture.block.axes.batch
+        first = jax.lax.axis_index(axes) * len(logits) if axes else 0
+        token = sample(request.sampler, logits, key, state.seen, first)
         token = jnp.where(state.done, request.pad, token)
     seen = state.seen
     if seen is not None:

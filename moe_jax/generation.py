@@ -12,7 +12,7 @@ from pallas_kernels.dims import Array as AnyArray
 
 from .cache import grow
 from .engine import Request, Sizes, decode, prefill, step, tokens_at_once
-from .model import Model, check_inputs, forced_ids, is_integer
+from .model import Model, check_inputs, forced_ids, is_integer, with_more_rows
 from .sampling import make_sampler
 
 
@@ -131,14 +131,17 @@ class _Run:
         self.model, self.new, self.record = model, new, record
         self.given = np.asarray(input_ids, np.int32)
         self.eos = _stop_ids(model, eos)
+        forced = forced_ids(model.architecture, routing, (len(ids), ids.shape[1] + new))
+        self.sharding = model.sharding
+        parts = 1 if self.sharding is None else self.sharding.rows
+        ids, self.mask, forced = with_more_rows(parts, ids, self.mask, forced)
         rows, prompt = ids.shape
         self.lengths = self.mask.sum(1, dtype=np.int32)
         self.longest, room = int(self.lengths.max()), bucket(max(new, 1))
-        width, self.sizes, self.full = _sizes(model, rows, self.longest, room)
+        width, self.sizes, self.full = _sizes(model, rows // parts, self.longest, room)
         self.sizes = dataclasses.replace(self.sizes, cache=kv_cache_dtype)
         self.capacity = self.sizes.capacity
         self.ids = _resized(compact(ids, self.mask, 1), width, 1, 0)
-        forced = forced_ids(model.architecture, routing, (rows, prompt + new))
         if forced is not None:
             self.forced = _resized(compact(forced[:, :, :prompt], self.mask[None, :, :, None], 2), width, 2, -1)
             forced = _resized(forced[:, :, prompt:], room, 2, -1)
@@ -153,15 +156,16 @@ class _Run:
             forced=forced,
             implementation=model.implementation,
         )
-        self.request, self.weights = jax.device_put((request, model.arrays()))  # once, and not with every step
+        if self.sharding is None:
+            self.request, self.weights = jax.device_put((request, model.arrays()))  # once, and not with every step
+        else:
+            self.request, self.weights = request, model.arrays()
         self.state, self.prompt_experts, self.count = None, None, 0
 
     def start(self) -> None:
         """Prefill the cache and draw the first new token."""
-        static = self.model.architecture, self.sizes, self.record
-        self.state, self.prompt_experts = prefill(
-            *static, self.weights, self.ids, self.lengths, self.forced, self.request
-        )
+        static, prompt = (self.model.architecture, self.sizes, self.record), (self.ids, self.lengths, self.forced)
+        self.state, self.prompt_experts = prefill(*static, self.weights, *prompt, self.request, sharding=self.sharding)
         self.count = 1
 
     def advance(self, limit: int) -> None:
@@ -177,14 +181,14 @@ class _Run:
 
     def _decode(self, limit: int) -> None:
         """Decode within the cache that there is."""
-        given = self.model.architecture, self.weights
+        given, sharding = (self.model.architecture, self.weights), self.sharding
         if not _on_gpu(self.weights):
-            self.state = decode(*given, self.state, self.request, limit)
+            self.state = decode(*given, self.state, self.request, limit, sharding=sharding)
             return
         # A loop on a GPU that asks if rows have ended waits for the host each time: steps are sent ahead instead.
         ended = False
         while self.count < limit:
-            self.state = step(*given, self.state, self.request)
+            self.state = step(*given, self.state, self.request, sharding=sharding)
             self.count += 1
             if self.count % _STEPS == 0:
                 if ended:  # waits for the answer to the question before, while the steps since then run
@@ -200,13 +204,13 @@ class _Run:
             if index and bool(self.state.done.all()):
                 return
             self.advance(index + 1)
-            yield np.asarray(self.state.tokens[:, index])
+            yield np.asarray(self.state.tokens[: len(self.given), index])
 
     def result(self) -> np.ndarray | Generated:
         """Prompt and new tokens; what follows a row's end is padding."""
         new = np.zeros((self.given.shape[0], 0), np.int32)
         if self.new:
-            new = np.asarray(self.state.tokens)[:, : self.new]
+            new = np.asarray(self.state.tokens)[: len(self.given), : self.new]
         ids = np.concatenate([self.given, new], 1)
         if not self.record:
             return ids
@@ -215,7 +219,7 @@ class _Run:
         if self.prompt_experts is None:
             return Generated(ids, ())
         parts = spread(np.asarray(self.prompt_experts), self.mask), np.asarray(self.state.experts)[:, :, : self.new]
-        return Generated(ids, tuple(np.concatenate(parts, 2)))
+        return Generated(ids, tuple(np.concatenate(parts, 2)[:, : len(ids)]))
 
 
 def _on_gpu(weights: Any) -> bool:

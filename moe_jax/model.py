@@ -9,16 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dims import Array as AnyArray
 from pallas_kernels.expert_mlp.api import OPERATION
+from pallas_kernels.mxfp4 import GROUP
 
-from . import decoder
-from .block import RoutingRequest
+from . import decoder, exchange
+from .axes import RULES, Axes
+from .block import Choice, RoutingRequest
 from .block_config import Architecture
 from .config import ModelConfig
 from .random_weights import draw, stored_forms
+from .sharding import Sharding, leaf_specs
+from .sharding.place import placed
 from .weights import Weights, nested, parameters
 
 
@@ -30,7 +35,7 @@ class Record:
     embedding first, each layer's output, the last one after the final norm. One entry per MoE layer, in order:
     `router_logits [B, T, E]` float32 (E may differ between layers), `expert_ids [B, T, A]` in the smallest signed
     integer type that holds them, ascending (-1: padding, no expert ran), `expert_weights [B, T, A]` float32 in the
-    same order.
+    same order. `overflow`: per MoE layer, the tokens that took the second pass of an exchange between devices.
     """
 
     logits: Float[Array, "B kept V"]
@@ -38,13 +43,15 @@ class Record:
     router_logits: tuple[Float[Array, "B T _"], ...]
     expert_ids: tuple[Int[Array, "B T A"], ...]
     expert_weights: tuple[Float[Array, "B T A"], ...]
+    overflow: Int[Array, " Lm"]
 
 
 class Model(nnx.Module):
     """A causal language model: frozen configuration and weights.
 
     `weights` is a nested dictionary of `nnx.Param`s with all layers of a kind stacked along the first axis (see
-    `moe_jax.weights.parameters`). Calling it runs one full forward pass:
+    `moe_jax.weights.parameters`); with a `sharding` they lie on its mesh as `moe_jax.shard` puts them. Calling it runs
+    one full forward pass:
 
     >>> model = Model.initialize(tiny_config(), seed=0)
     >>> model([[1, 2, 3]]).shape
@@ -57,11 +64,13 @@ class Model(nnx.Module):
         weights: Weights,
         generation: Mapping[str, Any] | None = None,
         implementation: str | Mapping[str, str] | None = None,
+        sharding: Sharding | None = None,
     ):
         self.config = config
         self.weights = nnx.data(jax.tree.map(nnx.Param, weights))
         self.generation = dict(generation or {})
-        self.implementation = named_implementation(implementation)
+        self.implementation, self.exchange = named_implementations(implementation)
+        self.sharding = sharding
 
     @classmethod
     def initialize(
@@ -71,13 +80,16 @@ class Model(nnx.Module):
         dtype: Any = jnp.float32,
         quantize: str | None = None,
         group_size: int | None = None,
+        mesh: Mesh | None = None,
+        rules: Axes = RULES,
         **options: Any,
     ) -> "Model":
         """A model with random weights: normal with standard deviation `1/sqrt(fan-in)`, norms 1, biases 0.
 
         They are made on the default device, which never holds much more than them. `quantize`: "int8", from the
         beginning as `moe_jax.quantize` with this `group_size` would give them, or "mxfp4": experts in 4 bits, codes
-        and powers of two random with the same standard deviation, all else in `dtype`. `options`: those of `Model`.
+        and powers of two random with the same standard deviation, all else in `dtype`. `mesh`, `rules`: each parameter
+        goes where `moe_jax.shard` would put it, once it is made. `options`: those of `Model`.
         Raises `ValueError` for another `quantize`, a `group_size` that is no positive integer or not of int8, and
         MXFP4 of a model without experts, of a pyramid, or of widths that are not multiples of 32.
 
@@ -86,14 +98,28 @@ class Model(nnx.Module):
         """
         table, made = parameters(config.architecture), {}
         forms = stored_forms(table, quantize, group_size)
+        sharding, shares = None, {}
+        if mesh is not None:
+            _, exchange_name = named_implementations(options.get("implementation"))
+            unit = group_size or (GROUP if quantize == "mxfp4" else 1)
+            sharding = Sharding(mesh, rules, exchange_name, unit)
+            shares = sharding.shares(config.architecture)
         for key, (name, p) in zip(jax.random.split(jax.random.key(seed), len(table)), table.items(), strict=True):
             made[name] = draw(key, name, p, dtype, forms.get(name), group_size)
-        return cls(config, nested(made), **options)
+            if sharding is not None:
+                made[name] = jax.block_until_ready(placed(name, made[name], shares[name], p.shape, sharding))
+        return cls(config, nested(made), sharding=sharding, **options)
 
     @property
     def architecture(self) -> Architecture:
         """What the configuration describes."""
         return self.config.architecture
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The implementations that the user named, by operation."""
+        named = {"routed_mlp": self.implementation, "exchange": self.exchange}
+        return {operation: name for operation, name in named.items() if name is not None}
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -124,13 +150,16 @@ class Model(nnx.Module):
         not fit, and fewer than one column to keep.
         """
         ids, mask = check_inputs(self.config, input_ids, attention_mask)
+        rows = len(ids)
         if logits_to_keep is not None and (not is_integer(logits_to_keep) or logits_to_keep < 1):
             raise ValueError(f"logits_to_keep: {logits_to_keep!r}, expected an integer of at least 1, or None for all")
         forced = forced_ids(self.architecture, routing, ids.shape)
         keep = None if logits_to_keep is None else int(logits_to_keep)
+        if self.sharding is not None:
+            ids, mask, forced = with_more_rows(self.sharding.rows, ids, mask, forced)
         static = self.architecture, self.implementation, return_record, keep
-        out = _forward(*static, self.arrays(), ids, mask, forced)
-        return _as_record(self.architecture, *out) if return_record else out[0]
+        out = _forward(*static, self.arrays(), ids, mask, forced, sharding=self.sharding)
+        return _as_record(self.architecture, rows, *out) if return_record else out[0][:rows]
 
 
 def is_integer(value: Any) -> bool:
@@ -145,15 +174,19 @@ def tiny_config() -> ModelConfig:
     return ModelConfig.from_dict({"model_type": "mixtral", "max_position_embeddings": 128} | values)
 
 
-def named_implementation(given: str | Mapping[str, str] | None) -> str | None:
-    """The expert MLP's implementation out of what the user gave; `ValueError` for one that there is not."""
+def named_implementations(given: str | Mapping[str, str] | None) -> tuple[str | None, str | None]:
+    """The expert MLP's and the exchange's names out of what the user gave; `ValueError` for one that there is not."""
+    exchange_name = None
     if isinstance(given, Mapping):
-        unknown = sorted(set(given) - {"routed_mlp"})
+        unknown = sorted(set(given) - {"routed_mlp", "exchange"})
         if unknown:
-            raise ValueError(f"implementation: unknown operations {', '.join(unknown)}; there is: routed_mlp")
-        given = given.get("routed_mlp")
+            raise ValueError(
+                f"implementation: unknown operations {', '.join(unknown)}; there are: routed_mlp, exchange"
+            )
+        exchange_name, given = given.get("exchange"), given.get("routed_mlp")
     OPERATION.check(given)  # refuses an unknown name
-    return given
+    exchange.check(exchange_name)
+    return given, exchange_name
 
 
 def check_inputs(config: ModelConfig, input_ids: Any, attention_mask: Any, new_tokens: int = 0):
@@ -209,15 +242,38 @@ def forced_ids(architecture: Architecture, routing: Any, shape: tuple[int, int])
     return forced.astype(np.int32)
 
 
+def with_more_rows(parts: int, ids: np.ndarray, mask: np.ndarray, forced: np.ndarray | None) -> tuple[Any, Any, Any]:
+    """Ids and mask `[B, T]` and forced choices `[Lm, B, T, A]` with empty rows, so that B divides into `parts`."""
+    more = [(0, -len(ids) % parts), (0, 0)]
+    ids, mask = np.pad(ids, more), np.pad(mask, more)
+    return ids, mask, None if forced is None else np.pad(forced, [(0, 0), *more, (0, 0)], constant_values=-1)
+
+
 def id_dtype(num_experts: int) -> Any:
     """The smallest signed integer type for expert ids and -1."""
     return jnp.int8 if num_experts <= 128 else jnp.int16
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _forward(architecture, implementation, trace, keep, weights, ids, mask, forced):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames="sharding")
+def _forward(architecture, implementation, trace, keep, weights, ids, mask, forced, *, sharding=None):
+    if sharding is None:
+        return _run(architecture, implementation, trace, keep, weights, ids, mask, forced)
+    run = functools.partial(_run, sharding.local(architecture), implementation, trace, keep)
+    rows, layered = sharding.batch, PartitionSpec(None, *sharding.batch)
+    given = leaf_specs(weights, sharding.specs(architecture)), rows, rows, None if forced is None else layered
+    notes = None
+    if trace:
+        choice = Choice(layered, layered, layered, PartitionSpec()) if architecture.moe_layers else None
+        notes = decoder.Trace(layered, choice)
+    return sharding.map(run, given, (rows, rows, notes))(weights, ids, mask, forced)
+
+
+def _run(architecture, implementation, trace, keep, weights, ids, mask, forced):
+    axes = architecture.block.axes.batch
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0).astype(jnp.int32)
-    span = decoder.make_span(architecture, positions, positions, mask, positions.max() + 1)
+    longest = positions.max() + 1
+    longest = jax.lax.pmax(longest, axes) if axes else longest
+    span = decoder.make_span(architecture, positions, positions, mask, longest)
     request = RoutingRequest(mask, forced, implementation)
     x, _, notes = decoder.decode(architecture, weights, ids, span, None, request, trace)
     normed = decoder.final(architecture, weights, x)
@@ -232,16 +288,18 @@ def ascending(ids: Array, weights: Array, num_experts: int) -> tuple[Array, Arra
     return ids.astype(id_dtype(num_experts)), weights
 
 
-def _as_record(architecture: Architecture, logits, normed, trace) -> Record:
+def _as_record(architecture: Architecture, rows: int, logits, normed, trace) -> Record:
     shape = normed.shape[:2]
-    hidden = jnp.concatenate([trace.hidden, normed[None]])
+    hidden = jnp.concatenate([trace.hidden, normed[None]])[:, :rows]
+    logits = logits[:rows]
     if trace.choices is None:
-        return Record(logits, hidden, (), (), ())
+        return Record(logits, hidden, (), (), (), jnp.zeros(0, jnp.int32))
     router = architecture.block.router
     ids, weights = ascending(trace.choices.ids, trace.choices.weights, router.num_experts)
 
     def per_layer(stack):
-        return tuple(layer.reshape(*shape, -1) for layer in stack)
+        return tuple(layer.reshape(*shape, -1)[:rows] for layer in stack)
 
     scores = zip(per_layer(trace.choices.logits), architecture.expert_counts, strict=True)
-    return Record(logits, hidden, tuple(s[..., :count] for s, count in scores), per_layer(ids), per_layer(weights))
+    logits_of = tuple(s[..., :count] for s, count in scores)
+    return Record(logits, hidden, logits_of, per_layer(ids), per_layer(weights), trace.choices.overflow)

@@ -5,13 +5,27 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from .axes import add_up
 from .block_config import NormConfig
 
 
-def rms_norm(x: jax.Array, scale: jax.Array | None, epsilon: float, axis: int | tuple[int, ...] = -1) -> jax.Array:
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over `axis` (arXiv:1910.07467); no scale, no product."""
+def rms_norm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    epsilon: float,
+    axis: int | tuple[int, ...] = -1,
+    over: tuple[tuple[str, ...], int] | None = None,
+) -> jax.Array:
+    """`x / sqrt(mean(x^2) + epsilon) * scale` over `axis` (arXiv:1910.07467); no scale, no product.
+
+    `over`: mesh axes along which the normed axes are cut, and how many components there are in all.
+    """
     wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axis, keepdims=True) + epsilon)
+    if over is None:
+        mean = jnp.mean(jnp.square(wide), axis=axis, keepdims=True)
+    else:
+        mean = add_up(jnp.sum(jnp.square(wide), axis=axis, keepdims=True), over[0]) / over[1]
+    wide = wide * jax.lax.rsqrt(mean + epsilon)
     if scale is not None:
         wide = wide * scale.astype(jnp.float32)
     return wide.astype(x.dtype)

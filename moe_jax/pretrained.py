@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pallas_kernels.quantized import check_group_size
 
+from .axes import RULES, Axes
 from .checkpoint.formats import formats_of_weights, quantization_to_write
 from .checkpoint.gguf_llama import GGUFCheckpoint
 from .checkpoint.hub import resolve
@@ -20,8 +22,10 @@ from .checkpoint.load import load_weights
 from .checkpoint.save import write_json, write_weights
 from .checkpoint.source import Checkpoint, TensorSource
 from .config import ModelConfig
-from .model import Model, named_implementation
+from .model import Model, named_implementations
 from .quantize import encoder
+from .shard import gather
+from .sharding import Sharding
 from .weights import flattened
 
 _log = logging.getLogger(__name__)
@@ -31,17 +35,20 @@ _DTYPES = ("float32", "bfloat16", "float16")
 def load_pretrained(
     path_or_id: str | os.PathLike,
     dtype: Any = "auto",
-    mesh: Any = None,
+    mesh: Mesh | None = None,
     implementation: str | Mapping[str, str] | None = None,
     quantize: str | None = None,
     group_size: int | None = None,
+    rules: Axes = RULES,
 ) -> Model:
     """Load a model from a folder with `config.json` and safetensors, from the hub by id, or a Llama `.gguf` file.
 
-    Args: `dtype`: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU. `mesh`: None; sharded
-    loading is not there yet. `implementation`: name of the expert MLP's implementation, or a mapping from operation
-    to name. `quantize`: "int8" makes kernels int8 while they are loaded, the same as `moe_jax.quantize` of the loaded
-    model with this `group_size`, but only one layer of a stack is ever held wide.
+    Args: `dtype`: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU. `mesh`: devices
+    (`moe_jax.make_mesh`) over which the model is spread by the table `rules`, see `moe_jax.shard`; each part is read
+    from its range of the files to where it will stay, by the process that it belongs to. `implementation`: name of the
+    expert MLP's implementation, or a mapping from operation (`routed_mlp`, `exchange`) to name. `quantize`: "int8"
+    makes kernels int8 while they are loaded, the same as `moe_jax.quantize` of the loaded model with this
+    `group_size`, but only one layer of a stack is ever held wide.
     MXFP4 experts stay in 4 bits and int8 kernels that `save_pretrained` wrote stay int8, `dtype` being that of
     everything else (`moe_jax.dequantize` widens them). FP8 block-scaled tensors are widened while they are read.
     Raises `ValueError` for an unsupported family, config key or quantisation, and for int8 of what is int8 already;
@@ -54,9 +61,9 @@ def load_pretrained(
     ...     load_pretrained(folder).config.num_layers
     2
     """
-    if mesh is not None:
-        raise ValueError("mesh: sharded loading is not supported yet; load without a mesh")
-    dtype, implementation = working_dtype(dtype), named_implementation(implementation)
+    dtype = working_dtype(dtype)
+    _, exchange = named_implementations(implementation)  # refuses unknown names before anything is read
+    sharding = None if mesh is None else Sharding(mesh, rules, exchange)
     encode = _encoder(quantize, group_size)
     checkpoint: TensorSource
     if os.fspath(path_or_id).endswith(".gguf"):
@@ -67,12 +74,12 @@ def load_pretrained(
         config, generation = ModelConfig.from_json_file(folder / "config.json"), _settings(folder)
         checkpoint = Checkpoint(folder, config.text if "quantization_config" in config.text else config.hub)
     try:
-        weights, ignored = load_weights(checkpoint, config, dtype, encode)
+        loaded = load_weights(checkpoint, config, dtype, encode, sharding, group_size)
     finally:
         checkpoint.close()
-    if ignored:
-        _log.info("%s: %d tensors are not needed: %s", path_or_id, len(ignored), ", ".join(ignored))
-    return Model(config, weights, generation, implementation)
+    if loaded.ignored:
+        _log.info("%s: %d tensors are not needed: %s", path_or_id, len(loaded.ignored), ", ".join(loaded.ignored))
+    return Model(config, loaded.weights, generation, implementation, loaded.sharding)
 
 
 def _encoder(quantize: str | None, group_size: int | None) -> Any:
@@ -114,7 +121,7 @@ def save_pretrained(model: Model, path: str | os.PathLike, max_shard_bytes: int 
     ...     sorted(p.name for p in Path(folder).iterdir())
     ['config.json', 'model.safetensors']
     """
-    folder = Path(path)
+    folder, model = Path(path), gather(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_weights(folder, model.config, model.arrays(), max_shard_bytes)
     quantization = quantization_to_write(model.config, formats_of_weights(flattened(model.arrays())))

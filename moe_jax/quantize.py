@@ -42,7 +42,7 @@ def quantize(model: Model, bits: int = 8, group_size: int | None = None) -> Mode
             weights[name], finite = _quantize(array, group_size, table[name].inputs, table[name].layers is not None)
             if not finite:
                 raise ValueError(f"quantize: {name} holds values that are not finite")
-    return Model(model.config, nested(weights), model.generation, model.implementation)
+    return Model(model.config, nested(weights), model.generation, model.named)
 
 
 def dequantize(model: Model) -> Model:
@@ -60,7 +60,7 @@ def dequantize(model: Model) -> Model:
     for name, array in weights.items():
         if is_quantized(array):
             weights[name] = _dequantize(array, table[name].layers is not None)
-    return Model(model.config, nested(weights), model.generation, model.implementation)
+    return Model(model.config, nested(weights), model.generation, model.named)
 
 
 def encoder(name: str, parameter: Parameter, group_size: int | None) -> Any:

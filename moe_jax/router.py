@@ -11,6 +11,7 @@ import pallas_kernels
 from pallas_kernels.dims import Array as AnyArray
 from pallas_kernels.linear import linear
 
+from .axes import gathered, own_part
 from .block_config import RouterConfig
 from .gating import gate, top1_gating, top2_gating, topk_gating
 from .routing import Routing, losses, rank_within
@@ -24,15 +25,17 @@ def choose(
     rows: Float[Array, "G D"],
     forced: Int[Array, "G A"] | None = None,
     real: Bool[Array, " G"] | None = None,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "G E"], Int[Array, "G A"], Float[Array, "G A"]]:
     """The gate: float32 logits `[G, E]`, chosen ids and their weights `[G, A]`; id -1 where no expert is to run.
 
     `weights`: `router [E, D]`, and where the config has them `router_bias` and `selection_bias` `[E]`. The product
-    accumulates in float32 whatever the dtype of `rows`. `real`: false for padding, which takes no expert.
+    accumulates in float32 whatever the dtype of `rows`. `real`: false for padding, which takes no expert. `axes`: mesh
+    axes along whose devices the tokens are spread, which matters for gates with a capacity.
     """
     biases = [weights["router_bias"]] if config.logit_bias else None
     (logits,) = linear(rows, [weights["router"]], biases=biases, dtype=jnp.float32)
-    return logits, *choose_by(config, logits, weights.get("selection_bias"), forced, real)
+    return logits, *choose_by(config, logits, weights.get("selection_bias"), forced, real, axes)
 
 
 def choose_by(
@@ -41,11 +44,14 @@ def choose_by(
     selection_bias: Float[Array, " E"] | None = None,
     forced: Int[Array, "G A"] | None = None,
     real: Bool[Array, " G"] | None = None,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Int[Array, "G A"], Float[Array, "G A"]]:
     """The gate behind its logits: chosen ids and their weights, see `choose`."""
     if config.rule is not None:
-        routing = gate(logits, config.rule, real)
-        return jnp.where(routing.keep, routing.ids, -1), routing.weights
+        real = None if real is None else gathered(real, axes, 0)
+        routing = gate(gathered(logits, axes, 0), config.rule, real)
+        ids = jnp.where(routing.keep, routing.ids, -1)
+        return own_part(ids, axes, 0), own_part(routing.weights, axes, 0)
     ids, gates, _ = pallas_kernels.route(
         logits,
         config.top_k,

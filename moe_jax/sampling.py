@@ -54,10 +54,12 @@ def sample(
     logits: Float[Array, "B V"],
     key: Array | None,
     seen: Bool[Array, "B V"] | None = None,
+    first: Int[Array, ""] | int = 0,
 ) -> Int[Array, " B"]:
     """The next token of each row. Rows draw independently: a row's token does not depend on the batch around it.
 
-    Args: `logits` float32 `[B, V]`, `key` (unused without temperature), `seen`: tokens that the penalty applies to.
+    Args: `logits` float32 `[B, V]`, `key` (unused without temperature), `seen`: tokens that the penalty applies to,
+    `first`: which of the batch's rows the first one is.
     """
     if sampler.repetition_penalty is not None and seen is not None:
         penalty = sampler.repetition_penalty
@@ -65,7 +67,7 @@ def sample(
     if sampler.temperature is None:
         return logits.argmax(-1).astype(jnp.int32)
     logits = truncate(sampler, logits / sampler.temperature)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(logits.shape[0]))
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 

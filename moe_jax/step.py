@@ -21,7 +21,8 @@ from pallas_kernels.linear import RMSNorm, linear
 from pallas_kernels.quantized import is_quantized
 
 from .attention import Span, Varying
-from .block import ROUTER, Choice, Place, RoutingRequest, run_experts
+from .axes import add_up
+from .block import ROUTER, Choice, Place, RoutingRequest, routed
 from .block_config import AttentionConfig, BlockConfig, MLPConfig
 from .router import choose_by
 from .weights import Weights
@@ -72,7 +73,8 @@ def _plain_attention(config: AttentionConfig, varying: Varying) -> bool:
     odd = config.alibi or config.norm_after_rope or config.clip is not None
     if config.latent is not None:
         odd = odd or config.sinks or (varying.window, varying.chunk) != (None, None)
-    return config.causal and not odd and config.qk_norm in (None, "head", "full")
+    spread = config.axes and config.qk_norm == "full"  # over heads of other devices
+    return config.causal and not odd and not spread and config.qk_norm in (None, "head", "full")
 
 
 def _attention(
@@ -98,7 +100,7 @@ def _attention(
         rotary=_rotary(a, span, place.varying),
         seen=Seen(window=place.varying.window, chunk=place.varying.chunk, sinks=own.get("sinks")),
     )
-    return _project_out(own, mixed, place.layer, rows), entries
+    return _project_out(a, own, mixed, place.layer, rows), entries
 
 
 def _latent_attention(
@@ -127,13 +129,25 @@ def _latent_attention(
         rotary=_rotary(a, span, Varying()),  # always
     )
     values = latent_values(mixed, own["kv_up"], latent.plain_dim, layer=layer)
-    return _project_out(own, values, layer, rows), entries
+    return _project_out(a, own, values, layer, rows), entries
 
 
-def _project_out(weights: Weights, mixed: jax.Array, layer: Any, residual: jax.Array) -> jax.Array:
+def _project_out(
+    config: AttentionConfig, weights: Weights, mixed: jax.Array, layer: Any, residual: jax.Array
+) -> jax.Array:
     """The output projection of heads `[B, N, Hv]`, with its bias and residual."""
-    given = dict(layer=layer, biases=[weights.get("o_bias")], residual=residual)
-    return linear(mixed.reshape(len(mixed), -1), [_outputs(weights["o"])], **given)[0]
+    biases, kernels = [weights.get("o_bias")], [_outputs(weights["o"])]
+    run = lambda residual: linear(mixed.reshape(len(mixed), -1), kernels, layer=layer, biases=biases, residual=residual)
+    return _added_up(config.axes, run, residual)
+
+
+def _added_up(axes: tuple[str, ...], run: Any, residual: jax.Array | None) -> jax.Array:
+    """The product that `run` gives for a residual; added up over devices first, if each has a part of it."""
+    if not axes:
+        return run(residual)[0]
+    (part,) = run(None)
+    y = add_up(part, axes)
+    return y if residual is None else residual + y
 
 
 def _rotary(config: AttentionConfig, span: Span, varying: Varying) -> Rotary | None:
@@ -147,7 +161,8 @@ def _mlp(config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, req
     """The stream `[B, D]` after the MLP and its residual, and the router's choice (None: a dense layer)."""
     norm = RMSNorm(weights["mlp_norm"]["scale"], config.norm.epsilon, place.layer)
     if not place.moe:
-        return _dense(config.dense, weights["dense"], rows, place.of_kind, norm, rows), None
+        part = lambda residual: [_dense(config.dense, weights["dense"], rows, place.of_kind, norm, residual)]
+        return _added_up(config.axes.hidden, part, rows), None
     group, layer = weights["moe"], place.of_kind
     with jax.named_scope("router"):
         biases = [group.get("router_bias")]
@@ -156,17 +171,18 @@ def _mlp(config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, req
         forced = None if request.forced is None else request.forced[layer].astype(jnp.int32).reshape(len(rows), -1)
         bias = None if "selection_bias" not in group else group["selection_bias"][layer]
         real = None if request.real is None else jnp.ravel(request.real)
-        ids, gates = choose_by(config.router, logits, bias, forced, real)
+        ids, gates = choose_by(config.router, logits, bias, forced, real, config.axes.batch)
     stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
-    y = run_experts(config.router.scale_input, h, ids, gates, experts, layer, request.implementation, rows)
+    hidden = config.axes.hidden
+    y, overflow = routed(config, h, ids, gates, experts, place, request.implementation, None if hidden else rows)
     if config.shared is not None:
         y = _shared(config, weights["shared"], h, y, layer)
-    return y, Choice(logits, ids, gates)
+    return rows + add_up(y, hidden) if hidden else y, Choice(logits, ids, gates, overflow)
 
 
 def _shared(config: BlockConfig, weights: Weights, h: jax.Array, y: jax.Array, layer: Any) -> jax.Array:
-    """`y` and the output of the shared experts on the normed rows `h`."""
+    """`y` and the output of the shared experts on the normed rows `h`, a device's part of it."""
     if not config.shared_gate:
         return _dense(config.shared, weights, h, layer, None, y)
     scale = jax.nn.sigmoid(h @ weights["scale"][layer])[:, None]

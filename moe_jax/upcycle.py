@@ -46,7 +46,7 @@ def upcycle(model: Model, num_experts: int = 4, top_k: int = 2, seed: int = 0) -
     moe = {name: jnp.repeat(kernel[:, None], num_experts, axis=1) for name, kernel in dense.items()}
     router = jax.random.normal(jax.random.key(seed), (layers, num_experts, width)) * width**-0.5
     weights["moe"] = moe | {"router": router.astype(model.dtype)}
-    return Model(new, weights, model.generation, model.implementation)
+    return Model(new, weights, model.generation, model.named)
 
 
 def tiny_llama() -> ModelConfig:

@@ -11,6 +11,8 @@ from .quantized import Quantized
 
 #: Inputs of a row that share a scale.
 GROUP = 32
+#: Inputs in a word of blocks.
+WORD = 8
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -37,7 +39,7 @@ class MXFP4Array(Quantized):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that this stands for."""
-        return (*self.blocks.shape[:-1], 8 * self.blocks.shape[-1])
+        return (*self.blocks.shape[:-1], WORD * self.blocks.shape[-1])
 
     @property
     def packed(self) -> bool:

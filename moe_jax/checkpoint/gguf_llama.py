@@ -32,6 +32,10 @@ class GGUFCheckpoint:
         del into
         return self._readers[name]()
 
+    def view(self, name: str) -> np.ndarray:
+        """The tensor: all of it is converted."""
+        return self.read(name)
+
     def close(self) -> None:
         """Nothing to close: the file is mapped, and unmapped with the last array."""
 

@@ -54,6 +54,11 @@ class Int8Format:
         """The `quantization_config`."""
         return {"quant_method": METHOD, "bits": 8, "group_size": self.group_size}
 
+    @property
+    def blocks_stored(self) -> tuple[int, int | None]:
+        """Inputs that an element of the values and of the scales stands for; None: all of a row."""
+        return 1, self.group_size
+
     def blocks(self, width: int) -> int:
         """Scales of a row of `width` inputs."""
         return 1 if self.group_size is None else -(-width // self.group_size)

@@ -1,13 +1,13 @@
 """Streaming a checkpoint into stacked weights, tensor by tensor."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import math
-import mmap
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import ModelConfig
+from ..sharding import Sharding
 from ..weights import Parameter, Weights, nested, parameters
 from .formats import as_stored, formats_on_disk, joined, split
 from .int8 import SCALE, Int8Format
 from .layout import Piece, from_disk, pieces
+from .load_shards import Reader, aligned, encoded_stack, sharded_stack
 from .mxfp4 import on_disk
 from .quantized import convert
 from .source import Stored, TensorSource
@@ -32,19 +34,29 @@ _THREADS = 4
 Encode = Callable[[jax.Array], tuple[Any, Any]]
 
 
+class Loaded(NamedTuple):
+    """The parameters; names of tensors that were left out because the family ignores them; how they lie on a mesh."""
+
+    weights: Weights
+    ignored: list[str]
+    sharding: Sharding | None
+
+
 def load_weights(
     checkpoint: TensorSource,
     config: ModelConfig,
     dtype: Any,
     encoder: Callable[[str, Parameter], Encode | None] | None = None,
-) -> tuple[Weights, list[str]]:
-    """All parameters in `dtype`, and the names of tensors that were left out because the family ignores them.
+    sharding: Sharding | None = None,
+    group_size: int | None = None,
+) -> Loaded:
+    """All parameters in `dtype`, on the default device or each part where `sharding` puts it.
 
     Experts in MXFP4 stay so, and kernels that the config says are int8, and that are. `encoder` names what a parameter
-    that is read in `dtype` is turned into, layer by layer. Every stack is allocated once and filled in place, so that
-    host memory holds the model, the stack in work and a few single tensors. Raises `OSError` that names all missing,
-    unexpected and misshapen tensors, `ValueError` for weights that an encoder finds not finite, and for int8 weights
-    if there is one.
+    that is read in `dtype` is turned into, layer by layer, with `group_size` inputs to a scale. Every stack is
+    allocated once and filled in place, so that host memory holds the model (of a `sharding`, this process' part), the
+    stack in work and a few single tensors. Raises `OSError` that names all missing, unexpected and misshapen tensors,
+    `ValueError` for weights that an encoder finds not finite, and for int8 weights if there is one.
     """
     plan, table = list(pieces(config)), parameters(config.architecture)
     formats = formats_on_disk(plan, checkpoint.tensors, config)
@@ -58,11 +70,20 @@ def load_weights(
     for piece in plan:
         by_parameter.setdefault(piece.parameter, []).append(piece)
     layout: dict[str, Any] = {}
+    owner: dict[str, tuple[str, int | None]] = {}
     for name, parameter in table.items():
         kind = np.dtype(np.float32 if name in _KEEP_FLOAT32 else dtype)
         plain = {name: (parameter.shape, kind)}
-        layout |= formats[name].stacks(name, parameter) if name in formats else plain
+        stacks = formats[name].stacks(name, parameter) if name in formats else plain
+        blocks = formats[name].blocks_stored if name in formats else (1,)
+        layout |= stacks
+        owner |= {stack: (name, block) for stack, block in zip(stacks, blocks, strict=True)}
     total = sum(math.prod(shape) * kind.itemsize for shape, kind in layout.values())
+    shares = {}
+    if sharding is not None:
+        units = [form.blocks_stored[1] or 1 for name, form in formats.items() if name.endswith(".down")]
+        sharding = dataclasses.replace(sharding, unit=max([1, group_size or 1, *units]))
+        shares = sharding.shares(config.architecture)
     weights: dict[str, Any] = {}
     with (
         concurrent.futures.ThreadPoolExecutor(_THREADS) as pool,
@@ -70,9 +91,22 @@ def load_weights(
     ):
         for name, parts in by_parameter.items():
             encode = encoder(name, table[name]) if encoder and name in table else None
-            shape, kind = layout[name]
-            weights[name] = _stack(checkpoint, parts, shape, kind, pool, bar, encode)
-    return nested(joined(weights, table, formats, dtype)), ignored
+            reader, (shape, kind) = Reader(checkpoint, pool, bar), layout[name]
+            if sharding is None:
+                weights[name] = _stack(reader, parts, shape, kind, encode)
+                continue
+            kernel, block = owner[name]
+            share, full, inputs = shares[kernel], table[kernel].shape, table[kernel].inputs
+            if encode is not None:
+                run = functools.partial(_encoded, piece=parts[0], encode=encode)
+                blocks = 1, group_size
+                weights[name] = encoded_stack(reader, parts, full, kind, share, sharding, run, inputs, blocks)
+                continue
+            if kernel in formats:
+                joint = inputs if isinstance(formats[kernel], Int8Format) else 1
+                share = share.of_stored(kernel, full, joint, block, sharding.sizes)
+            weights[name] = sharded_stack(reader, parts, shape, kind, share, sharding)
+    return Loaded(nested(joined(weights, table, formats, dtype)), ignored, sharding)
 
 
 def _check(folder: Path, found: Mapping[str, Stored], config: ModelConfig, plan: list[Piece]) -> list[str]:
@@ -122,28 +156,29 @@ def _ignorable(name: str, config: ModelConfig) -> bool:
     return bool(config.family.next_token_layers and layer and int(layer[1]) >= config.num_layers)
 
 
-def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar, encode: Encode | None) -> Any:
+def _stack(reader: Reader, parts: list[Piece], shape, dtype, encode: Encode | None) -> Any:
     """One stacked parameter: on a CPU filled where it will stay, elsewhere layer by layer into a donated buffer."""
 
     def fill(target: np.ndarray, piece: Piece, index: tuple[Any, ...]) -> None:
         room = target[index + (...,)]
         plain = piece.tensor.part[1] == 1 and not piece.tensor.transposed
         into = room.reshape(piece.disk_shape) if plain and room.flags.c_contiguous else None
-        array = checkpoint.read(piece.name, into)
+        array = reader.checkpoint.read(piece.name, into)
         if array is not into:
             target[index] = convert(from_disk(piece, array), target.dtype)
-        bar.update(room.nbytes)
+        reader.bar.update(room.nbytes)
 
     ranges = any(isinstance(i, slice) for piece in parts for i in piece.index)  # a pyramid's routers: small
     if ranges or (jax.default_backend() == "cpu" and encode is None):
-        host = _aligned(shape, dtype)
-        _all(pool.submit(fill, on_disk(host), piece, piece.index) for piece in parts)
+        host = aligned(shape, dtype)
+        reader.all(functools.partial(fill, on_disk(host), piece, piece.index) for piece in parts)
         return jax.device_put(host)
     buffer = None
     for layer in dict.fromkeys(piece.index[:1] for piece in parts):
         host = np.empty(shape[len(layer) :], dtype)
-        _all(pool.submit(fill, on_disk(host), p, p.index[1:]) for p in parts if p.index[:1] == layer)
-        own = _encoded(jnp.asarray(host), parts[0], encode)
+        own_parts = (piece for piece in parts if piece.index[:1] == layer)
+        reader.all(functools.partial(fill, on_disk(host), piece, piece.index[1:]) for piece in own_parts)
+        own = _encoded(host, parts[0], encode)
         if not layer:
             return own
         if buffer is None:
@@ -152,25 +187,13 @@ def _stack(checkpoint, parts: list[Piece], shape, dtype, pool, bar, encode: Enco
     return buffer
 
 
-def _encoded(array: jax.Array, piece: Piece, encode: Encode | None) -> Any:
+def _encoded(array: np.ndarray, piece: Piece, encode: Encode | None) -> Any:
     if encode is None:
-        return array
-    encoded, finite = encode(array)
+        return jnp.asarray(array)
+    encoded, finite = encode(jnp.asarray(array))
     if not finite:
         raise ValueError(f"quantize: {piece.parameter} holds values that are not finite")
     return encoded
-
-
-def _all(futures: Iterable[concurrent.futures.Future]) -> None:
-    for future in list(futures):
-        future.result()
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros on a page boundary, which JAX on a CPU takes over without a copy."""
-    nbytes = max(1, math.prod(shape) * dtype.itemsize)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype, math.prod(shape)).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

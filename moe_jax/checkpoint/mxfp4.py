@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.mxfp4 import GROUP, MXFP4Array
+from pallas_kernels.mxfp4 import GROUP, WORD, MXFP4Array
 
 from ..weights import Parameter
 from .layout import Piece
@@ -19,6 +19,9 @@ _WORD, _BYTE = np.dtype(np.uint32), np.dtype(np.uint8)
 @dataclasses.dataclass(frozen=True)
 class MXFP4Format:
     """Stacks of experts whose bytes stay as they are on disk: `[E, out, in/32, 16]` and `[E, out, in/32]`."""
+
+    #: Inputs that an element of the blocks and of the scales stands for.
+    blocks_stored = WORD, GROUP
 
     @staticmethod
     def stores(piece: Piece, parameter: Parameter, tensors: Mapping[str, Any]) -> bool:
@@ -47,7 +50,7 @@ class MXFP4Format:
     def stacks(self, name: str, parameter: Parameter) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes and dtypes of a parameter's blocks and scales."""
         *lead, width = parameter.shape
-        return {name + BLOCKS: ((*lead, width // 8), _WORD), name + SCALES: ((*lead, width // GROUP), _BYTE)}
+        return {name + BLOCKS: ((*lead, width // WORD), _WORD), name + SCALES: ((*lead, width // GROUP), _BYTE)}
 
     def join(self, flat: dict[str, Any], name: str, parameter: Parameter, dtype: Any) -> MXFP4Array:
         """The array out of its parts, which leave `flat`."""

@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format. Eight bytes of header
 import dataclasses
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -102,6 +103,21 @@ class TensorFile:
                 raise OSError(f"{self.path}: ends in the middle of tensor {name!r}")
             done += got
         return into
+
+    def view(self, name: str) -> np.ndarray:
+        """The tensor, mapped from the file until the last array of it goes: only what is looked at is read."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise OSError(f"{self.path}: tensor {name!r} has dtype {entry.dtype}, which is not supported")
+        if not entry.nbytes:
+            return np.empty(entry.shape, DTYPES[entry.dtype])
+        first = entry.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        skipped = entry.offset - first
+        pages = mmap.mmap(self._descriptor, skipped + entry.nbytes, access=mmap.ACCESS_READ, offset=first)
+        raw = np.frombuffer(pages, np.uint8, entry.nbytes, skipped)
+        if skipped % np.dtype(DTYPES[entry.dtype]).itemsize:  # a header of odd length
+            raw = raw.copy()
+        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def close(self) -> None:
         """Close the file."""

@@ -40,6 +40,9 @@ class TensorSource(Protocol):
     def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
         """One tensor; `into` itself where the file holds just what fits there."""
 
+    def view(self, name: str) -> np.ndarray:
+        """One tensor of which only a part may be wanted: mapped, where the file holds just what is asked for."""
+
     def close(self) -> None:
         """No more reading."""
 
@@ -146,6 +149,11 @@ class Checkpoint:
         if kind == "fp8":
             return widen_fp8(self._raw(name), self._raw(f"{name}_scale_inv"), self._block)
         return self._raw(name, into)
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor, mapped from its file where it is stored plain: only what is looked at is read."""
+        plain = name not in self.tensors or self.tensors[name].kind == "plain"
+        return self._where[name].view(name) if plain else self.read(name)
 
     def _raw(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
         return self._where[name].read(name, into)

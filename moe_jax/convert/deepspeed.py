@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from ..axes import RULES, Axes
 from ..checkpoint.load import load_weights
 from ..checkpoint.source import Stored
 from ..config import ModelConfig
@@ -14,8 +16,9 @@ from ..deepspeed.config import MoEInferenceConfig
 from ..deepspeed.layer import MoEInference
 from ..deepspeed.moe import MoE
 from ..deepspeed.translate import DataFlow
-from ..model import Model, named_implementation
+from ..model import Model, named_implementations
 from ..pretrained import working_dtype
+from ..sharding import Sharding
 from .deepspeed_files import DeepSpeedFiles, open_checkpoint, stack_state_dicts
 from .deepspeed_int8 import quantize_groups
 from .deepspeed_settings import checkpoint_version, hub_config, read_settings
@@ -131,6 +134,8 @@ def load_checkpoint(
     tag: str | None = None,
     dtype: Any = "auto",
     implementation: str | Mapping[str, str] | None = None,
+    mesh: Mesh | None = None,
+    rules: Axes = RULES,
 ) -> Model:
     """A whole model out of the files that DeepSpeed's engine saved for a Megatron GPT with MoE layers.
 
@@ -138,7 +143,7 @@ def load_checkpoint(
     `MoEInferenceConfig`, or a dictionary (or its JSON file) with `heads`, `k`, `eval_capacity_factor`,
     `min_capacity`, `drop_tokens`, `drop_policy`, `layer_norm_eps`, `gelu`, `checkpoint_version`, under these or
     Megatron's names; sizes in it must agree with the files. `tag`: which save, if not the latest. `dtype`,
-    `implementation`: as in `load_pretrained`.
+    `implementation`, `mesh`, `rules`: as in `load_pretrained`.
 
     Slices of several model-parallel ranks are merged; no pickle is ever executed. Save the model with
     `save_pretrained` as a safetensors folder, which `load_pretrained` reads. Raises `OSError` for files, `ValueError`
@@ -150,16 +155,18 @@ def load_checkpoint(
     ([0, 4, 0, 4], (1, 3, 96))
     """
     settings = read_settings(config)
-    dtype, implementation = working_dtype(dtype), named_implementation(implementation)
+    dtype = working_dtype(dtype)
+    _, exchange = named_implementations(implementation)  # refuses unknown names before anything is read
     heads, version = settings.rest.get("heads"), checkpoint_version(settings)
     files = open_checkpoint(Path(path), tag, num_heads=heads, checkpoint_version=version)
     try:
         source = _Source(files)
         model_config = ModelConfig.from_dict(hub_config(settings, files))
-        weights, _ = load_weights(source, model_config, dtype)
+        sharding = None if mesh is None else Sharding(mesh, rules, exchange)
+        loaded = load_weights(source, model_config, dtype, sharding=sharding)
     finally:
         files.close()
-    return Model(model_config, weights, implementation=implementation)
+    return Model(model_config, loaded.weights, implementation=implementation, sharding=loaded.sharding)
 
 
 class _Source:
@@ -174,6 +181,9 @@ class _Source:
 
     def read(self, name: str, into: np.ndarray | None = None) -> np.ndarray:
         return self._tensors[name].read()
+
+    def view(self, name: str) -> np.ndarray:
+        return self.read(name)
 
     def close(self) -> None:
         pass

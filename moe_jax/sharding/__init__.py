@@ -1,0 +1,7 @@
+"""Models over a mesh of devices: which axes are cut along which, and every device's share."""
+
+from ..axes import RULES, Axes
+from .mesh import make_mesh
+from .sharding import Sharding, leaf_specs
+
+__all__ = ["RULES", "Axes", "Sharding", "leaf_specs", "make_mesh"]

@@ -1,0 +1,87 @@
+"""Weights from one device to where their parts belong on a mesh, and back."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from pallas_kernels.mxfp4 import GROUP, WORD
+from pallas_kernels.quantized import QuantizedArray, is_quantized
+
+from .sharding import Sharding
+from .shares import Share
+
+
+def placed(name: str, array: Any, share: Share, shape: tuple[int, ...], sharding: Sharding) -> Any:
+    """A parameter of `shape`, or a quantised kernel that stands for one, over the mesh."""
+    if not is_quantized(array):
+        return _moved(array, share, sharding)
+    leaves, structure = jax.tree.flatten(array)
+    lies = [share.of_stored(name, shape, contracted(array), block, sharding.sizes) for block in blocks_of(array)]
+    made = [_moved(leaf, lie, sharding) for leaf, lie in zip(leaves, lies, strict=True)]
+    return _with_inputs(jax.tree.unflatten(structure, made), share.stored_shape(shape))
+
+
+def whole(name: str, array: Any, share: Share, shape: tuple[int, ...], sharding: Sharding) -> Any:
+    """The inverse of `placed`, on the default device."""
+    if not is_quantized(array):
+        return _whole(array, share, shape)
+    lead, (leaves, structure) = len(shape) - contracted(array), jax.tree.flatten(array)
+    made = []
+    for leaf, block in zip(leaves, blocks_of(array), strict=True):
+        lie = share.of_stored(name, shape, contracted(array), block, sharding.sizes)
+        length = 1 if block is None else -(-math.prod(shape[lead:]) // block)
+        made.append(_whole(leaf, lie, (*shape[:lead], length)))
+    return _with_inputs(jax.tree.unflatten(structure, made), shape)
+
+
+def unit_of(flat: Mapping[str, Any]) -> int:
+    """Hidden units that are stored together as inputs of a quantised kernel; hidden widths are cut between them."""
+    units = [1]
+    for name, array in flat.items():
+        if name.endswith(".down") and is_quantized(array):
+            units.append(blocks_of(array)[1] or 1)
+    return max(units)
+
+
+def blocks_of(array: Any) -> tuple[int, int | None]:
+    """How many inputs an element of each array stands for that a quantised kernel is stored as; None: all of a row."""
+    return (1, array.group_size) if isinstance(array, QuantizedArray) else (WORD, GROUP)
+
+
+def contracted(array: Any) -> int:
+    """How many axes of a quantised kernel are stored as one."""
+    return len(array.inputs) if isinstance(array, QuantizedArray) and array.inputs else 1
+
+
+def _with_inputs(array: Any, shape: tuple[int, ...]) -> Any:
+    """A quantised kernel that stands for an array of `shape`."""
+    count = contracted(array)
+    return dataclasses.replace(array, inputs=tuple(shape[len(shape) - count :])) if count > 1 else array
+
+
+def _moved(array: Any, share: Share, sharding: Sharding) -> jax.Array:
+    """A parameter from one device to where its parts belong."""
+    for axis, source in enumerate(share.sources):
+        if source is not None:
+            places = np.where(source < 0, array.shape[axis], source)
+            array = jnp.take(array, places, axis, mode="fill", fill_value=0)
+    return jax.device_put(array, NamedSharding(sharding.mesh, share.spec))
+
+
+def _whole(array: jax.Array, share: Share, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_moved`."""
+    array = jax.device_put(array, _default_device())
+    for axis, source in enumerate(share.sources):
+        if source is not None:
+            array = jnp.take(array, np.array([np.argmax(source == i) for i in range(shape[axis])]), axis)
+    return array
+
+
+def _default_device() -> jax.Device:
+    return next(iter(jnp.zeros(()).devices()))

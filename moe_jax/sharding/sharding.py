@@ -1,0 +1,86 @@
+"""`Sharding`: a mesh and a table of axes, and what they make of a model's arrays and programs."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels.quantized import QuantizedArray, is_quantized
+
+from ..axes import RULES, Axes
+from ..block_config import Architecture
+from ..weights import nested
+from .shares import Share, local, shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Where a model lies: `mesh`, the mesh axes of each logical axis, and how tokens meet other devices' experts.
+
+    `exchange`: a name of `moe_jax.exchange`, None to choose by size. `unit`: see `shares`. Raises `ValueError` for axes
+    that the mesh does not have.
+    """
+
+    mesh: Mesh
+    axes: Axes = RULES
+    exchange: str | None = None
+    unit: int = 1
+
+    def __post_init__(self):
+        if not isinstance(self.mesh, Mesh):
+            raise ValueError(f"mesh: {self.mesh!r} is no jax.sharding.Mesh; moe_jax.make_mesh makes one")
+        if missing := sorted(self.axes.names() - set(self.mesh.axis_names)):
+            raise ValueError(f"mesh: has axes {self.mesh.axis_names}, not {', '.join(missing)}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each mesh axis."""
+        return dict(self.mesh.shape)
+
+    @property
+    def rows(self) -> int:
+        """In how many parts a batch is cut."""
+        return math.prod(self.sizes[name] for name in self.axes.batch)
+
+    @property
+    def batch(self) -> PartitionSpec:
+        """The spec of an array whose first axis is the batch."""
+        return PartitionSpec(self.axes.batch or None)
+
+    def shares(self, architecture: Architecture) -> dict[str, Share]:
+        """How every parameter lies."""
+        return shares(architecture, self.axes, self.sizes, self.unit)
+
+    def local(self, architecture: Architecture) -> Architecture:
+        """What one device computes."""
+        return local(architecture, self.axes, self.sizes, self.unit, self.exchange)
+
+    def specs(self, architecture: Architecture) -> dict[str, Any]:
+        """The partition specs of weights, nested as they are; those of a quantised kernel are its `leaf_specs`."""
+        return nested({name: share.spec for name, share in self.shares(architecture).items()})
+
+    def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function` of one device's parts as a function of whole arrays."""
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def leaf_specs(weights: Mapping[str, Any], specs: Mapping[str, Any]) -> Any:
+    """Specs for every array of `weights`, nested alike: those of a kernel for all that it is stored as."""
+
+    def one(kernel, spec):
+        if not is_quantized(kernel):
+            return spec
+        return jax.tree.map(lambda leaf: _fitted(spec, kernel, leaf), kernel)
+
+    return jax.tree.map(one, dict(weights), dict(specs), is_leaf=is_quantized)
+
+
+def _fitted(spec: PartitionSpec, kernel: Any, leaf: Any) -> PartitionSpec:
+    """The spec of an array that a kernel is stored as: contracted axes are one, which a scale may span."""
+    contracted = len(kernel.inputs) if isinstance(kernel, QuantizedArray) and kernel.inputs else 1
+    parts = [*spec, *[None] * (kernel.ndim - len(spec))]
+    last = next((part for part in parts[len(parts) - contracted :] if part), None)
+    return PartitionSpec(*parts[: len(parts) - contracted], last if leaf.shape[-1] > 1 else None)
