@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
 from .. import generate
 from ..generation import Generated, _Run  # prefill and steps apart, which `generate` does not show
@@ -28,7 +29,7 @@ class Options:
     """What is measured: `case` "decode" or "prefill" (which is `new` 1), and of what models.
 
     `quantized`: None (as `dtype`), "int8" or "mxfp4"; `layers`: of each model, None for all; `repeats`: calls of which
-    medians are taken.
+    medians are taken; `mesh`: devices to spread models over, None for `device` alone.
     """
 
     device: jax.Device
@@ -41,6 +42,7 @@ class Options:
     implementation: str | None = None
     layers: int | None = None
     repeats: int = 5
+    mesh: Mesh | None = None
 
     def __post_init__(self):
         if self.case == "decode" and self.new < 2:
@@ -76,7 +78,7 @@ def run(name: str, options: Options) -> list[Measured | tuple[int, str]]:
     found: list[Measured | tuple[int, str]] = []
     with _fresh_cache():
         try:
-            model = make(config, options.dtype, options.quantized, options.implementation)
+            model = make(config, options.dtype, options.quantized, options.implementation, options.mesh)
             jax.block_until_ready(model.arrays())
         except RuntimeError as error:  # no memory
             return [(batch, _note(error)) for batch in batches]
@@ -206,7 +208,7 @@ def _row(name: str, options: Options, one: Measured | tuple[int, str], ceilings:
         "device": options.device.platform,
         "dtype": options.dtype + (f", {options.quantized} weights" if options.quantized else ""),
         "model": name if options.layers is None else f"{name}, {options.layers} layers",
-        "shape": f"B={batch} prompt {options.prompt}" + (f" new {options.new}" if decode else ""),
+        "shape": f"B={batch} prompt {options.prompt}" + (f" new {options.new}" if decode else "") + _devices(options),
     }
     if isinstance(one, tuple):
         return Row(**about, note=one[1])
@@ -221,6 +223,14 @@ def _row(name: str, options: Options, one: Measured | tuple[int, str], ceilings:
         values=_values(one, batch * (new if decode else options.prompt), batch / seconds if decode else None),
         note="" if one.peak else "peak memory: not reported, or something earlier needed more",
     )
+
+
+def _devices(options: Options) -> str:
+    """Over how many devices, " on 2 (expert)"; "" for one."""
+    if options.mesh is None:
+        return ""
+    long = [f"{name} {size}" for name, size in options.mesh.shape.items() if size > 1]
+    return f" on {options.mesh.size} ({', '.join(long)})"
 
 
 def _values(one: Measured, tokens: int, rate: float | None) -> dict[str, float]:

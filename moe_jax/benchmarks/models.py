@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jax.sharding import Mesh
+
 from ..checkpoint.formats import quantization_of
 from ..checkpoint.mxfp4 import METHOD
 from ..config import ModelConfig
@@ -50,6 +52,15 @@ def stored_as(config: ModelConfig, quantize: str | None = None) -> str | None:
     return None if quantize == "none" else quantize
 
 
-def make(config: ModelConfig, dtype: Any, quantize: str | None = None, implementation: str | None = None) -> Model:
-    """A model with random weights on the default device; `quantize`: None, "mxfp4", or "int8", one scale per output."""
-    return Model.initialize(config, dtype=dtype, quantize=quantize, implementation=implementation)
+def make(
+    config: ModelConfig,
+    dtype: Any,
+    quantize: str | None = None,
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+) -> Model:
+    """A model with random weights, over `mesh` or on the default device.
+
+    `quantize`: None, "mxfp4", or "int8", one scale per output.
+    """
+    return Model.initialize(config, dtype=dtype, quantize=quantize, implementation=implementation, mesh=mesh)

@@ -17,7 +17,7 @@ from ..weights import flattened, parameters
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Bytes as they are stored: all of them; what every step reads; one expert of one layer.
+    """Bytes as they are stored on a device: all of them; what every step reads; one expert of one layer, or its part.
 
     Every step reads all that is neither an expert nor a table of which it takes rows (embedding, unless it is the head
     too, and positions).
@@ -31,28 +31,46 @@ class Weights:
 def weights_of(model: Model) -> Weights:
     """Bytes of a model's weights."""
     architecture, table = model.architecture, parameters(model.architecture)
-    sizes = {name: array.nbytes for name, array in flattened(model.arrays()).items()}
+    sizes = {name: _on_one_device(array) for name, array in flattened(model.arrays()).items()}
     experts = sum(size for name, size in sizes.items() if table[name].experts)
     rows = sum(sizes.get(name, 0) for name in ("positions", *(() if architecture.tied else ("embedding",))))
-    count = sum(architecture.expert_counts)
+    count = sum(architecture.expert_counts) / ranks_of(model)
     total = sum(sizes.values())
     return Weights(total, total - experts - rows, experts / count if count else 0.0)
 
 
+def _on_one_device(array: Any) -> int:
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(array))
+
+
+def ranks_of(model: Model) -> int:
+    """Over how many devices the experts are spread."""
+    if model.sharding is None:
+        return 1
+    return math.prod(model.sharding.sizes[name] for name in model.sharding.axes.experts)
+
+
 def cache_bytes(model: Model, batch: int, prompt: int, new: int) -> int:
-    """Bytes of the cache that `generate` makes."""
+    """Bytes of the cache that `generate` makes, on each device."""
+    architecture = model.architecture
+    if model.sharding is not None:
+        architecture, batch = model.sharding.local(architecture), -(-batch // model.sharding.rows)
     length = bucket(prompt) + bucket(new)
-    leaves = jax.eval_shape(lambda: jax.tree.leaves(make_cache(model.architecture, batch, length, model.dtype)))
+    leaves = jax.eval_shape(lambda: jax.tree.leaves(make_cache(architecture, batch, length, model.dtype)))
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves)
 
 
 def step_bytes(model: Model, batch: int, prompt: int, new: int, active: float) -> float:
-    """Bytes that a decode step has to read, the mean over the steps after `prompt` columns.
+    """Bytes that a device has to read for a decode step, the mean over the steps after `prompt` columns.
 
     The weights that every step reads, those of `active` experts (in all layers together), each row's embedding, and
-    the columns of the cache that the new tokens see: no padding, and no more than a layer's window.
+    the columns of the cache that the new tokens see: no padding, and no more than a layer's window. Of a sharded model
+    active experts are taken to be spread evenly.
     """
     architecture, weights = model.architecture, weights_of(model)
+    if model.sharding is not None:
+        architecture, batch = model.sharding.local(architecture), -(-batch // model.sharding.rows)
+        active /= ranks_of(model)
     per_column = sum(math.prod(shape) for shape in entry_shapes(architecture.block.attention).values())
     columns = sum(_seen(layer, np.arange(prompt, prompt + new - 1)).mean() for layer in architecture.layers)
     width = architecture.block.width

@@ -59,7 +59,7 @@ def encoded_stack(
     contracted: int,
     blocks: Sequence[int | None],
 ) -> Any:
-    """`sharded_stack` of what `encode` makes of each layer, for which all inputs of a row are read, even of a cut one."""
+    """`sharded_stack` of what `encode` makes of each layer, for which whole rows are read even where they are cut."""
     stored, lies = share.stored_shape(shape), NamedSharding(sharding.mesh, share.spec)
     lead, layered = len(stored) - contracted, bool(pieces[0].index)
     total, rows = math.prod(stored[lead:]), stored[:lead]

@@ -14,6 +14,7 @@ from ..benchmarks.inputs import DTYPES
 from ..benchmarks.models import QUANTIZE
 from ..benchmarks.table import Report, Row, machine, markdown, summary, write_json
 from ..benchmarks.timing import Setting, measure_ceilings
+from ..sharding.mesh import make_mesh, mesh_sizes
 
 #: What there is to measure on a CPU, in the order of the table; and for models' shapes, on any device.
 WHAT = ("block", "scaling", "decode", "load")
@@ -61,6 +62,8 @@ def _add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=_names, metavar="NAME,...", help=f"whose shapes: {models}")
     stored = "weights of decode and prefill with --model (default: as released; none: as --dtype)"
     parser.add_argument("--quantize", choices=QUANTIZE, help=stored)
+    mesh = "devices to spread decode's and prefill's models over, such as expert=2 (data, expert, model)"
+    parser.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...", help=mesh)
     names = "of the experts, by name (with --model; default: what JAX programs take)"
     parser.add_argument("--implementation", type=_names, metavar="NAME,...", help=names)
     dtypes = "with --model or on a GPU (default: bfloat16; float32 on a CPU)"
@@ -110,6 +113,8 @@ def _device(name: str | None) -> jax.Device:
 
 def _request(args: argparse.Namespace, device: jax.Device) -> accelerator.Request:
     """What the flags ask of an accelerator; refuses those that only the CPU's benchmarks read."""
+    if args.mesh:
+        raise ValueError(f"mesh: {args.what} runs on one device; decode and prefill take it")
     if args.quantize:
         raise ValueError(f"quantize: {args.what} runs wide weights; decode and prefill take it")
     if args.what not in ("block", "routing", "all"):
@@ -146,6 +151,7 @@ def _options(args: argparse.Namespace, device: jax.Device) -> device_model.Optio
         implementation=args.implementation[0] if args.implementation else None,
         layers=args.layers,
         repeats=args.repeats or 5,
+        mesh=make_mesh(**args.mesh) if args.mesh else None,
     )
 
 

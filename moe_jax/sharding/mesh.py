@@ -6,6 +6,24 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+#: The axes of `make_mesh`, in order.
+AXES = ("data", "expert", "model")
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Sizes by axis out of "data=2,expert=4"; `ValueError` for other axes, numbers below 1, and axes given twice.
+
+    >>> mesh_sizes("expert=4,model=2")
+    {'expert': 4, 'model': 2}
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in AXES or name in found or not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"mesh: {text!r}, expected sizes of {', '.join(AXES)}, such as expert=4,model=2")
+        found[name] = int(number)
+    return found
+
 
 def make_mesh(data: int = 1, expert: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data`, `expert` and `model`, in this order.
