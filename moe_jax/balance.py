@@ -15,13 +15,14 @@ import numpy as np
 
 from pallas_kernels.dims import Array, Float, Int
 
-#: A layer is searched until its busiest rank is this close to a lower bound, or rounds of tries find nothing better.
-_TOLERANCE = 0.005
-_ROUNDS = 12
-_PATIENCE = 3
-#: The most copies that change owner in a try, and the spread of the factors that shuffle the order of packing.
-_TRANSFERS = 4
-_SHUFFLE = 0.3
+#: A layer's search ends this close to a lower bound, after so many rounds, or so many in a row without anything better.
+_TOLERANCE, _ROUNDS, _PATIENCE = 0.005, 20, 5
+#: Most copies that change owner in a try; spread of the factors that shuffle the order of packing.
+_TRANSFERS, _SHUFFLE = 4, 0.3
+
+_Loads = Float[np.ndarray, "tries ..."]
+_Counts = Int[np.ndarray, "tries E"]
+_Slots = Int[np.ndarray, "tries n P/n"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,9 +55,8 @@ class Placement:
         missing = np.argwhere(_count(slots) == 0)
         if len(missing):
             raise ValueError(f"slots: layer {missing[0, 0]} has no slot for expert {missing[0, 1]}")
-        slots = slots.astype(np.int32)
-        slots.setflags(write=False)
-        object.__setattr__(self, "slots", slots)
+        object.__setattr__(self, "slots", slots.astype(np.int32))
+        self.slots.setflags(write=False)
         object.__setattr__(self, "ranks", int(self.ranks))
 
     @classmethod
@@ -87,7 +87,7 @@ class Placement:
         return isinstance(other, Placement) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((self.slots.shape, self.slots.tobytes(), self.ranks))
+        return hash((self.ranks, self.slots.shape, self.slots.tobytes()))
 
     @property
     def num_experts(self) -> int:
@@ -112,8 +112,8 @@ class Placement:
         turns = np.arange(copies.max()) + np.arange(self.num_experts)[:, None]
         index = (copies.cumsum(1) - copies)[..., None] + turns % copies[..., None]
         by_expert = np.argsort(self.slots, axis=1, kind="stable").astype(np.int32)
-        first_slots = np.take_along_axis(by_expert, index.reshape(len(index), -1), axis=1).reshape(index.shape)
-        return first_slots, copies.astype(np.int32)
+        by_copy = np.take_along_axis(by_expert, index.reshape(len(index), -1), axis=1)
+        return by_copy.reshape(index.shape), copies.astype(np.int32)
 
     def imbalance(self, stats: Any) -> Float[np.ndarray, " Lm"]:
         """The busiest rank's tokens over the mean of the ranks, for each layer; 1 is perfect.
@@ -122,9 +122,9 @@ class Placement:
         copies. Raises `ValueError` for other shapes and values.
         """
         load = _loads(stats)
-        expected = (len(self.slots), self.num_experts)
-        if load.shape != expected:
-            raise ValueError(f"stats: {list(load.shape)} are not the {list(expected)} layers and experts placed")
+        if load.shape != (len(self.slots), self.num_experts):
+            placed = f"{len(self.slots)} layers of {self.num_experts} experts"
+            raise ValueError(f"stats: {placed} are placed, and {len(load)} of {load.shape[1]} counted")
         share = np.take_along_axis(load / _count(self.slots), self.slots, axis=1)
         totals = share.reshape(len(load), self.ranks, -1).sum(-1)
         return totals.max(1) / totals.mean(1)
@@ -157,10 +157,9 @@ def balance(stats: Any, expert_axis: int, replicas: int = 0) -> Placement:
     width, left = divmod(experts + replicas, expert_axis)
     if left:
         near = [str(r) for r in (replicas - left, replicas - left + expert_axis) if r >= 0]
-        raise ValueError(
-            f"replicas: {experts} experts and {replicas} replicas are {experts + replicas} slots, which {expert_axis} "
-            f"ranks do not share evenly; {' or '.join(near)} replicas would do"
-        )
+        slots = f"{experts} experts and {replicas} replicas are {experts + replicas} slots"
+        uneven = f"which {expert_axis} ranks do not share evenly; {' or '.join(near)} replicas would do"
+        raise ValueError(f"replicas: {slots}, {uneven}")
     if width >= experts:
         return Placement(np.tile(np.arange(width * expert_axis) % width % experts, (len(load), 1)), expert_axis)
     return Placement(np.stack([_place(row, int(replicas), int(expert_axis)) for row in load]), expert_axis)
@@ -196,8 +195,8 @@ def _loads(stats: Any) -> Float[np.ndarray, "Lm E"]:
     if wrong.size:
         raise ValueError(f"stats: {wrong[0]} is not a count of tokens")
     load = np.atleast_2d(values).astype(np.float64)
-    most = load.max(axis=1, keepdims=True)
-    return np.where(most > 0, load / np.where(most > 0, most, 1), 1.0)
+    load[~load.any(axis=1)] = 1
+    return load / load.max(axis=1, keepdims=True)
 
 
 def _count(slots: Int[np.ndarray, "Lm P"]) -> Int[np.ndarray, "Lm E"]:
@@ -211,18 +210,15 @@ def _place(load: Float[np.ndarray, " E"], replicas: int, ranks: int) -> Int[np.n
     for _ in range(replicas):
         copies[np.where(copies < ranks, load / copies, -1).argmax()] += 1
     (slots,), (worst,) = _pack(load, copies[None], ranks, np.ones((1, experts)))
-    floor = max(load.sum() / ranks, (load / copies).max())
-    if not replicas:
-        floor = max(floor, load.max() + np.sort(load)[: experts // ranks - 1].sum())
-    random, stale = np.random.default_rng(0), 0
-    tries = min(max(4096 // experts, 8), 64)
+    coldest = 0 if replicas else np.sort(load)[: experts // ranks - 1].sum()
+    floor = max(load.sum() / ranks, (load / copies).max() + coldest)
+    random, stale, tries = np.random.default_rng(0), 0, min(max(4096 // experts, 8), 64)
     for _ in range(_ROUNDS):
         if worst <= floor * (1 + _TOLERANCE) or stale == _PATIENCE:
             break
         moved = _transfer(load, copies, ranks, random, tries) if replicas else np.tile(copies, (tries, 1))
-        factors = np.exp(_SHUFFLE * random.normal(size=(tries, experts)))
-        factors[: tries // 2 if replicas else 0] = 1
-        found, each = _pack(load, moved, ranks, factors)
+        spread = _SHUFFLE * (np.arange(tries) >= (tries // 2 if replicas else 0))
+        found, each = _pack(load, moved, ranks, np.exp(spread[:, None] * random.normal(size=moved.shape)))
         best = each.argmin()
         stale = 0 if each[best] < worst * (1 - 1e-9) else stale + 1
         if not stale:
@@ -234,24 +230,22 @@ def _place(load: Float[np.ndarray, " E"], replicas: int, ranks: int) -> Int[np.n
 
 def _transfer(
     load: Float[np.ndarray, " E"], copies: Int[np.ndarray, " E"], ranks: int, random: np.random.Generator, tries: int
-) -> Int[np.ndarray, "tries E"]:
-    """`copies`, of which in each try one to `_TRANSFERS` have changed owner; large shares receive more often."""
+) -> _Counts:
+    """`copies`, of which in each try one to `_TRANSFERS` have changed owner; every other try favours large shares."""
     moved, rows = np.tile(copies, (tries, 1)), np.arange(tries)
     number = random.integers(1, _TRANSFERS + 1, tries)
     for turn in range(_TRANSFERS):
         moving = turn < number
         giver = np.where(moved > 1, random.random(moved.shape), -1).argmax(1)
         moved[rows, giver] -= moving
-        order = np.argsort(np.where(moved < ranks, -load / moved, np.inf), axis=1)
-        place = random.random(tries) ** 2 * (moved < ranks).sum(1)
+        order = np.argsort(np.where(moved < ranks, -load / moved, np.inf), axis=1, kind="stable")
+        place = random.random(tries) ** (1 + rows % 2) * (moved < ranks).sum(1)
         moved[rows, order[rows, place.astype(int)]] += moving
     return moved
 
 
-def _pack(
-    load: Float[np.ndarray, " E"], copies: Int[np.ndarray, "B E"], ranks: int, factors: Float[np.ndarray, "B E"]
-) -> tuple[Int[np.ndarray, "B n S"], Float[np.ndarray, " B"]]:
-    """Slots for `B` choices of `copies`, and the load of each one's busiest rank; `factors` shuffle the order."""
+def _pack(load: Float[np.ndarray, " E"], copies: _Counts, ranks: int, factors: _Loads) -> tuple[_Slots, _Loads]:
+    """Slots for each try's `copies`, and its busiest rank's load `[tries]`; `factors` shuffle the order of packing."""
     share = load / copies
     slots = _fill(share, copies, ranks, np.argsort(-share * factors, axis=1, kind="stable"), False)
     stuck = (slots < 0).any(axis=(1, 2))
@@ -261,62 +255,44 @@ def _pack(
     return _swap(share, slots)
 
 
-def _fill(
-    share: Float[np.ndarray, "B E"],
-    copies: Int[np.ndarray, "B E"],
-    ranks: int,
-    order: Int[np.ndarray, "B E"],
-    even: bool,
-) -> Int[np.ndarray, "B n S"]:
+def _fill(share: _Loads, copies: _Counts, ranks: int, order: _Counts, even: bool) -> _Slots:
     """Expert by expert, the copies on the ranks that have least to do and a slot left; -1 where none was.
 
     `even`: experts of several copies, which must come first, go where most slots are left. So they always find enough.
     """
-    width, rows = int(copies[0].sum()) // ranks, np.arange(len(share))
-    slots = np.full((len(share), ranks, width), -1)
-    used = np.zeros((len(share), ranks), np.int64)
-    total = np.zeros((len(share), ranks))
+    tries, width = len(share), int(copies[0].sum()) // ranks
+    slots = np.full((tries, ranks, width), -1)
+    used, total = np.zeros((tries, ranks), np.int64), np.zeros((tries, ranks))
+    rows = np.arange(tries)
     for expert in order.T:
-        number, size = copies[rows, expert], share[rows, expert]
-        first = np.where((number > 1)[:, None] & even, used, used == width)
-        chosen = np.lexsort((total, first))[:, : number.max()]
-        row, turn = np.nonzero((np.arange(number.max()) < number[:, None]) & (used[rows[:, None], chosen] < width))
+        number, most = copies[rows, expert], int(copies[rows, expert].max())
+        last = np.where((number > 1)[:, None] & even, used, used == width)
+        busy = total + last * 2 * share.shape[1]  # no load is larger: shares are at most 1
+        chosen = busy.argsort(axis=1, kind="stable")[:, :most] if most > 1 else busy.argmin(axis=1)[:, None]
+        row, turn = np.nonzero((np.arange(most) < number[:, None]) & (used[rows[:, None], chosen] < width))
         rank = chosen[row, turn]
         slots[row, rank, used[row, rank]] = expert[row]
         used[row, rank] += 1
-        total[row, rank] += size[row]
+        total[row, rank] += share[row, expert[row]]
     return slots
 
 
-def _swap(
-    share: Float[np.ndarray, "B E"], slots: Int[np.ndarray, "B n S"]
-) -> tuple[Int[np.ndarray, "B n S"], Float[np.ndarray, " B"]]:
-    """Local search: the busiest rank swaps the slot that helps most with another rank, until no swap helps.
-
-    Ends, because every swap makes the sum of squared loads smaller.
-    """
-    many, ranks, width = slots.shape
-    size = np.take_along_axis(share, slots.reshape(many, -1), axis=1).reshape(slots.shape)
-    held = np.zeros((many, ranks, share.shape[1]), bool)
-    np.put_along_axis(held, slots, True, axis=2)
-    total, active = size.sum(-1), np.arange(many)
+def _swap(share: _Loads, slots: _Slots) -> tuple[_Slots, _Loads]:
+    """Local search: the busiest rank swaps the slot that helps most, until none does; ends, as squared loads fall."""
+    size = np.take_along_axis(share, slots.reshape(len(slots), -1), axis=1).reshape(slots.shape)
+    total, active = size.sum(-1), np.arange(len(slots))
     while active.size:
-        rows = np.arange(active.size)
         busy = total[active].argmax(1)
+        same = slots[active, busy][:, :, None, None] == slots[active][:, None]
         gain = size[active, busy][:, :, None, None] - size[active][:, None]
         most = np.maximum(total[active, busy][:, None, None, None] - gain, total[active][:, None, :, None] + gain)
-        theirs = held[active[:, None], :, slots[active, busy]][..., None]
-        ours = held[active[:, None, None], busy[:, None, None], slots[active]][:, None]
-        most = np.where(theirs | ours, np.inf, most).reshape(active.size, -1)
-        best = most.argmin(1)
-        better = most[rows, best] < total[active, busy] * (1 - 1e-9)
+        most = np.where(same.any(3, keepdims=True) | same.any(1, keepdims=True), np.inf, most)
+        best = most.reshape(len(most), -1).argmin(1)
+        better = most.min((1, 2, 3)) < total[active, busy] * (1 - 1e-9)
         active, busy = active[better], busy[better]
-        mine, other, slot = np.unravel_index(best[better], (width, ranks, width))
+        mine, other, slot = (index[better] for index in np.unravel_index(best, most.shape[1:]))
         here, there = (active, busy, mine), (active, other, slot)
         for array in (slots, size):
             array[here], array[there] = array[there], array[here]
-        held[active, busy] = held[active, other] = False
-        for rank in (busy, other):
-            held[active[:, None], rank[:, None], slots[active, rank]] = True
-            total[active, rank] = size[active, rank].sum(-1)
+        total[active] = size[active].sum(-1)
     return slots, total.max(1)

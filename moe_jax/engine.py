@@ -96,11 +96,17 @@ def prefill(architecture, sizes, record, weights, ids, lengths, forced, request,
         return _prefill(architecture, sizes, record, weights, ids, lengths, forced, request)
     recorded = record and bool(architecture.moe_layers)
     rows, layered = sharding.batch, PartitionSpec(None, *sharding.batch)
-    run = functools.partial(_prefill, sharding.local(architecture), sizes, record)
-    given = leaf_specs(weights, sharding.specs(architecture)), rows, rows, None if forced is None else layered
     state = _state_specs(architecture, sharding, request.sampler.repetition_penalty is not None, recorded)
-    made = state, layered if recorded else None
-    return sharding.map(run, (*given, _request_specs(request, layered)), made)(weights, ids, lengths, forced, request)
+    local = sharding.local(architecture)
+
+    def run(weights, ids, lengths, forced, chosen):
+        return _prefill(
+            local, sizes, record, weights, ids, lengths, forced, dataclasses.replace(request, forced=chosen)
+        )
+
+    given = leaf_specs(weights, sharding.specs(architecture)), rows, rows, layered, layered
+    run = sharding.map(run, given, (state, layered if recorded else None))
+    return run(weights, ids, lengths, forced, request.forced)
 
 
 def _state_specs(architecture, sharding: Sharding, seen: bool, recorded: bool) -> Any:
@@ -112,12 +118,6 @@ def _state_specs(architecture, sharding: Sharding, seen: bool, recorded: bool) -
     entry = layered if latent else PartitionSpec(*layered, sharding.axes.heads or None)
     entries = dict.fromkeys(entry_shapes(architecture.block.attention), entry)
     return State(KVCache(entries, rows), rows, rows, rows if seen else None, layered if recorded else None, whole)
-
-
-def _request_specs(request: Request, forced: PartitionSpec) -> Request:
-    """How a request lies on a mesh: only its forced choices are cut."""
-    whole = jax.tree.map(lambda _: PartitionSpec(), request)
-    return dataclasses.replace(whole, forced=None if request.forced is None else forced)
 
 
 def _prefill(architecture, sizes, record, weights, ids, lengths, forced, request):
@@ -205,10 +205,13 @@ def _on_devices(run, architecture, sharding, weights, state, request, *rest):
     if sharding is None:
         return run(architecture, weights, state, request, *rest)
     lies = _state_specs(architecture, sharding, state.seen is not None, state.experts is not None)
-    forced = _request_specs(request, PartitionSpec(None, *sharding.batch))
-    given = leaf_specs(weights, sharding.specs(architecture)), lies, forced, *[PartitionSpec()] * len(rest)
-    run = functools.partial(run, sharding.local(architecture))
-    return sharding.map(run, given, lies)(weights, state, request, *rest)
+    local = sharding.local(architecture)
+
+    def on_one(weights, state, forced):
+        return run(local, weights, state, dataclasses.replace(request, forced=forced), *rest)
+
+    given = leaf_specs(weights, sharding.specs(architecture)), lies, PartitionSpec(None, *sharding.batch)
+    return sharding.map(on_one, given, lies)(weights, state, request.forced)
 
 
 def _step(architecture, weights, state, request):

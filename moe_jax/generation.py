@@ -150,7 +150,7 @@ class _Run:
         request = Request(
             sampler=self.sampler,
             key=jax.random.key(int(key)) if isinstance(key, (int, np.integer)) else key,
-            eos=np.asarray(self.eos, np.int32),
+            eos=np.asarray(self.eos or (-1,), np.int32),  # XLA's partitioner (jax 0.11.2) dies of an empty one
             pad=_pad_id(model, self.eos),
             total=self.longest + new,
             forced=forced,
