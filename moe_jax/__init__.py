@@ -8,6 +8,7 @@ from .deepspeed import MoEInference, MoEInferenceConfig, MoEMLP, SelfAttention, 
 from .generation import Generated, generate, stream
 from .model import Model, Record
 from .moe import MoE
+from .placement import Placement, balance
 from .pretrained import load_pretrained, save_pretrained
 from .quantize import dequantize, quantize
 from .router import Routing
@@ -26,11 +27,13 @@ __all__ = [
     "MoEMLP",
     "Model",
     "ModelConfig",
+    "Placement",
     "Record",
     "Routing",
     "SelfAttention",
     "TopKGate",
     "__version__",
+    "balance",
     "convert",
     "dequantize",
     "gather",

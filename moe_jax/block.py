@@ -18,6 +18,7 @@ from .block_config import BlockConfig
 from .cache import read_entries, write_entries
 from .linear import linear
 from .norm import norm
+from .placement import slots_of
 from .router import choose
 from .weights import Weights
 
@@ -153,18 +154,24 @@ def moe(
         forced = forced.reshape(rows.shape[0], -1)
     with jax.named_scope("router"):
         if place.first is None:
-            own = take({name: group[name] for name in ROUTER if name in group}, index)
+            own = take({name: group[name] for name in ROUTER[:3] if name in group}, index)
         else:
             own = {"router": jax.lax.dynamic_slice_in_dim(group["router"], place.first, place.num_experts)}
         real = None if request.real is None else jnp.ravel(request.real)
         logits, ids, gates = choose(config.router, own, rows, forced, real, config.axes.batch)
     stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
-    y, overflow = routed(config, rows, ids, gates, experts, place, request.implementation)
+    places = placed(group, ids, index)
+    y, overflow = routed(config, rows, places, gates, experts, place, request.implementation)
     if config.shared is not None:
         own = take(weights["shared"], place.of_kind)
         y = combine(config, own, rows, y, mlp(config.shared.activation, own, rows))
     return add_up(y, config.axes.hidden).reshape(x.shape), Choice(logits, ids, gates, overflow)
+
+
+def placed(group: Weights, ids: Int[Array, "G A"], layer: Any) -> Int[Array, "G A"]:
+    """Where the experts of a layer lie that `ids` name: as they are, unless a placement says otherwise."""
+    return jnp.asarray(slots_of(ids, group["slots"][layer], group["copies"][layer])) if "slots" in group else ids
 
 
 def routed(config: BlockConfig, rows, ids, gates, experts: Experts, place: Place, implementation, residual=None):
@@ -209,7 +216,8 @@ def mix(weights: Weights, rows: Array, first: Array, second: Array) -> Array:
     return shares[:, :1] * first + shares[:, 1:] * second
 
 
-ROUTER = ("router", "router_bias", "selection_bias")
+#: What of the MoE layers' weights is not the experts'.
+ROUTER = ("router", "router_bias", "selection_bias", "slots", "copies")
 
 
 def run_experts(scale_input: bool, rows, ids, gates, experts, layer=None, implementation=None, residual=None):

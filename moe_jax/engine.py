@@ -94,30 +94,39 @@ def prefill(architecture, sizes, record, weights, ids, lengths, forced, request,
     """
     if sharding is None:
         return _prefill(architecture, sizes, record, weights, ids, lengths, forced, request)
-    recorded = record and bool(architecture.moe_layers)
     rows, layered = sharding.batch, PartitionSpec(None, *sharding.batch)
-    state = _state_specs(architecture, sharding, request.sampler.repetition_penalty is not None, recorded)
     local = sharding.local(architecture)
 
     def run(weights, ids, lengths, forced, chosen):
-        return _prefill(
-            local, sizes, record, weights, ids, lengths, forced, dataclasses.replace(request, forced=chosen)
-        )
+        own = dataclasses.replace(request, forced=chosen)
+        state, experts = _prefill(local, sizes, record, weights, ids, lengths, forced, own)
+        return _parts(state), experts
 
     given = leaf_specs(weights, sharding.specs(architecture)), rows, rows, layered, layered
-    run = sharding.map(run, given, (state, layered if recorded else None))
-    return run(weights, ids, lengths, forced, request.forced)
+    run = sharding.map(run, given, (_specs(architecture, sharding), layered))
+    parts, experts = run(weights, ids, lengths, forced, request.forced)
+    return _joined(parts), experts
 
 
-def _state_specs(architecture, sharding: Sharding, seen: bool, recorded: bool) -> Any:
-    """How a state lies on a mesh."""
-    rows: Any = sharding.batch
-    whole: Any = PartitionSpec()
-    layered: Any = PartitionSpec(None, *rows)
+def _parts(state: State) -> dict[str, Any]:
+    """What a state consists of, as a dictionary, which may hold partition specs as well."""
+    parts = {name: getattr(state, name) for name in ("tokens", "done", "seen", "experts", "step")}
+    return parts | {"entries": state.cache.entries, "lengths": state.cache.lengths}
+
+
+def _joined(parts: dict[str, Any]) -> State:
+    """The inverse of `_parts`."""
+    return State(cache=KVCache(parts.pop("entries"), parts.pop("lengths")), **parts)
+
+
+def _specs(architecture: Architecture, sharding: Sharding) -> dict[str, Any]:
+    """How the parts of a state lie on a mesh."""
+    rows, layered = sharding.batch, PartitionSpec(None, *sharding.batch)
     latent = architecture.block.attention.latent is not None
     entry = layered if latent else PartitionSpec(*layered, sharding.axes.heads or None)
     entries = dict.fromkeys(entry_shapes(architecture.block.attention), entry)
-    return State(KVCache(entries, rows), rows, rows, rows if seen else None, layered if recorded else None, whole)
+    by_row = dict.fromkeys(("lengths", "tokens", "done", "seen"), rows)
+    return by_row | {"entries": entries, "experts": layered, "step": PartitionSpec()}
 
 
 def _prefill(architecture, sizes, record, weights, ids, lengths, forced, request):
@@ -204,14 +213,14 @@ def _on_devices(run, architecture, sharding, weights, state, request, *rest):
     """`run` on whole arrays, or on every device's share of them."""
     if sharding is None:
         return run(architecture, weights, state, request, *rest)
-    lies = _state_specs(architecture, sharding, state.seen is not None, state.experts is not None)
-    local = sharding.local(architecture)
+    lies, local = _specs(architecture, sharding), sharding.local(architecture)
 
-    def on_one(weights, state, forced):
-        return run(local, weights, state, dataclasses.replace(request, forced=forced), *rest)
+    def on_one(weights, parts, forced):
+        own = dataclasses.replace(request, forced=forced)
+        return _parts(run(local, weights, _joined(parts), own, *rest))
 
     given = leaf_specs(weights, sharding.specs(architecture)), lies, PartitionSpec(None, *sharding.batch)
-    return sharding.map(on_one, given, lies)(weights, state, request.forced)
+    return _joined(sharding.map(on_one, given, lies)(weights, _parts(state), request.forced))
 
 
 def _step(architecture, weights, state, request):

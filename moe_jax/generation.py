@@ -27,6 +27,15 @@ class Generated:
     ids: Int[AnyArray, "B total"]
     expert_ids: tuple[Int[AnyArray, "B total A"], ...]
 
+    def expert_counts(self, num_experts: int) -> np.ndarray:
+        """Tokens of each MoE layer's experts, int64 `[Lm, num_experts]`: what `moe_jax.balance` takes.
+
+        >>> Generated(np.zeros((1, 3)), (np.array([[[0, 1], [1, 2], [-1, -1]]]),)).expert_counts(4).tolist()
+        [[1, 2, 1, 0]]
+        """
+        chosen = (np.asarray(layer).ravel() for layer in self.expert_ids)
+        return np.stack([np.bincount(layer[layer >= 0], minlength=num_experts) for layer in chosen])
+
 
 def generate(
     model: Model,

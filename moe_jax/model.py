@@ -258,14 +258,19 @@ def id_dtype(num_experts: int) -> Any:
 def _forward(architecture, implementation, trace, keep, weights, ids, mask, forced, *, sharding=None):
     if sharding is None:
         return _run(architecture, implementation, trace, keep, weights, ids, mask, forced)
-    run = functools.partial(_run, sharding.local(architecture), implementation, trace, keep)
     rows, layered = sharding.batch, PartitionSpec(None, *sharding.batch)
-    given = leaf_specs(weights, sharding.specs(architecture)), rows, rows, None if forced is None else layered
-    notes = None
-    if trace:
-        choice = Choice(layered, layered, layered, PartitionSpec()) if architecture.moe_layers else None
-        notes = decoder.Trace(layered, choice)
-    return sharding.map(run, given, (rows, rows, notes))(weights, ids, mask, forced)
+    local = sharding.local(architecture)
+
+    def run(weights, ids, mask, forced):
+        logits, normed, notes = _run(local, implementation, trace, keep, weights, ids, mask, forced)
+        choices = None if notes is None or notes.choices is None else vars(notes.choices)
+        return logits, normed, None if notes is None else notes.hidden, choices
+
+    choices = dict.fromkeys(("logits", "ids", "weights"), layered) | {"overflow": PartitionSpec()}
+    given = leaf_specs(weights, sharding.specs(architecture)), rows, rows, layered
+    lies = rows, rows, layered, choices if trace and architecture.moe_layers else None
+    logits, normed, hidden, choices = sharding.map(run, given, lies)(weights, ids, mask, forced)
+    return logits, normed, decoder.Trace(hidden, None if choices is None else Choice(**choices)) if trace else None
 
 
 def _run(architecture, implementation, trace, keep, weights, ids, mask, forced):

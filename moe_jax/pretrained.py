@@ -23,6 +23,7 @@ from .checkpoint.save import write_json, write_weights
 from .checkpoint.source import Checkpoint, TensorSource
 from .config import ModelConfig
 from .model import Model, named_implementations
+from .placement import Placement
 from .quantize import encoder
 from .shard import gather
 from .sharding import Sharding
@@ -40,13 +41,14 @@ def load_pretrained(
     quantize: str | None = None,
     group_size: int | None = None,
     rules: Axes = RULES,
+    placement: Placement | None = None,
 ) -> Model:
     """Load a model from a folder with `config.json` and safetensors, from the hub by id, or a Llama `.gguf` file.
 
     Args: `dtype`: float32, bfloat16 or float16; "auto" is bfloat16, and float32 on a CPU. `mesh`: devices
-    (`moe_jax.make_mesh`) over which the model is spread by the table `rules`, see `moe_jax.shard`; each part is read
-    from its range of the files to where it will stay, by the process that it belongs to. `implementation`: name of the
-    expert MLP's implementation, or a mapping from operation (`routed_mlp`, `exchange`) to name. `quantize`: "int8"
+    (`moe_jax.make_mesh`) over which the model is spread by `rules` and `placement`, see `moe_jax.shard`; each part is
+    read from its range of the files to where it will stay, by the process that it belongs to. `implementation`: name of
+    the expert MLP's implementation, or a mapping from operation (`routed_mlp`, `exchange`) to name. `quantize`: "int8"
     makes kernels int8 while they are loaded, the same as `moe_jax.quantize` of the loaded model with this
     `group_size`, but only one layer of a stack is ever held wide.
     MXFP4 experts stay in 4 bits and int8 kernels that `save_pretrained` wrote stay int8, `dtype` being that of
@@ -63,7 +65,9 @@ def load_pretrained(
     """
     dtype = working_dtype(dtype)
     _, exchange = named_implementations(implementation)  # refuses unknown names before anything is read
-    sharding = None if mesh is None else Sharding(mesh, rules, exchange)
+    if mesh is None and placement is not None:
+        raise ValueError("placement: of experts on ranks, but mesh is None")
+    sharding = None if mesh is None else Sharding(mesh, rules, exchange, placement=placement)
     encode = _encoder(quantize, group_size)
     checkpoint: TensorSource
     if os.fspath(path_or_id).endswith(".gguf"):

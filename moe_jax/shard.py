@@ -4,17 +4,19 @@ from jax.sharding import Mesh
 
 from .axes import RULES, Axes
 from .model import Model
+from .placement import Placement
 from .sharding import Sharding
 from .sharding.place import placed, unit_of, whole
 from .weights import flattened, nested, parameters
 
 
-def shard(model: Model, mesh: Mesh, rules: Axes = RULES) -> Model:
+def shard(model: Model, mesh: Mesh, rules: Axes = RULES, placement: Placement | None = None) -> Model:
     """The same model over the devices of `mesh`: each with its share of the weights and of the work.
 
     `rules`: the mesh axes that each logical axis is cut along. What does not come out even is filled up: heads, hidden
-    units, experts and words with zeros, heads of keys and values by repetition (docs/sharding.md). Weights are moved
-    parameter by parameter; `model` keeps its own. Raises `ValueError` for axes that the mesh does not have, for experts
+    units, experts and words with zeros, heads of keys and values by repetition (docs/sharding.md). `placement`: which
+    experts each rank holds (`moe_jax.balance`); None: as many as the others, in order. Weights are moved parameter by
+    parameter; `model` keeps its own. Raises `ValueError` for axes that the mesh does not have, for experts
     of a pyramid that do not divide, and for quantised kernels that would be cut inside a block.
 
     >>> from moe_jax.model import Model, tiny_config
@@ -24,10 +26,10 @@ def shard(model: Model, mesh: Mesh, rules: Axes = RULES) -> Model:
     """
     model = gather(model)
     flat, table = flattened(model.arrays()), parameters(model.architecture)
-    sharding = Sharding(mesh, rules, model.exchange, unit_of(flat))
+    sharding = Sharding(mesh, rules, model.exchange, unit_of(flat), placement)
     shares = sharding.shares(model.architecture)
     moved = {name: placed(name, array, shares[name], table[name].shape, sharding) for name, array in flat.items()}
-    return Model(model.config, nested(moved), model.generation, model.named, sharding)
+    return Model(model.config, nested(moved | sharding.tables()), model.generation, model.named, sharding)
 
 
 def gather(model: Model) -> Model:
@@ -42,5 +44,5 @@ def gather(model: Model) -> Model:
     if sharding is None:
         return model
     flat, table, shares = flattened(model.arrays()), parameters(model.architecture), sharding.shares(model.architecture)
-    found = {name: whole(name, array, shares[name], table[name].shape, sharding) for name, array in flat.items()}
+    found = {name: whole(name, flat[name], shares[name], table[name].shape, sharding) for name in table}
     return Model(model.config, nested(found), model.generation, model.named)

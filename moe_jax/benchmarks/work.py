@@ -31,7 +31,8 @@ class Weights:
 def weights_of(model: Model) -> Weights:
     """Bytes of a model's weights."""
     architecture, table = model.architecture, parameters(model.architecture)
-    sizes = {name: _on_one_device(array) for name, array in flattened(model.arrays()).items()}
+    arrays = flattened(model.arrays())
+    sizes = {name: _on_one_device(arrays[name]) for name in table}
     experts = sum(size for name, size in sizes.items() if table[name].experts)
     rows = sum(sizes.get(name, 0) for name in ("positions", *(() if architecture.tied else ("embedding",))))
     count = sum(architecture.expert_counts) / ranks_of(model)

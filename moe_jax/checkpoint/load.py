@@ -106,7 +106,10 @@ def load_weights(
                 joint = inputs if isinstance(formats[kernel], Int8Format) else 1
                 share = share.of_stored(kernel, full, joint, block, sharding.sizes)
             weights[name] = sharded_stack(reader, parts, shape, kind, share, sharding)
-    return Loaded(nested(joined(weights, table, formats, dtype)), ignored, sharding)
+    weights = joined(weights, table, formats, dtype)
+    if sharding is not None:
+        weights |= sharding.tables()
+    return Loaded(nested(weights), ignored, sharding)
 
 
 def _check(folder: Path, found: Mapping[str, Stored], config: ModelConfig, plan: list[Piece]) -> list[str]:

@@ -121,7 +121,7 @@ def _fill(reader: Reader, pieces: Sequence[Piece], host: np.ndarray, region, sha
         wanted[-1] = np.where(wanted[-1][:, None] < 0, -1, fine).reshape(-1)
 
     def read(piece: Piece, places: list[np.ndarray]) -> None:
-        sources = wanted[len(places) :]
+        sources = [_of_layer(source, piece) for source in wanted[len(places) :]]
         real = [np.flatnonzero(source >= 0) for source in sources]
         if any(not len(where) for where in (*places, *real)):
             return
@@ -146,14 +146,19 @@ def _fill(reader: Reader, pieces: Sequence[Piece], host: np.ndarray, region, sha
             whole = from_disk(piece, reader.checkpoint.view(piece.name))
             target[piece.index] = convert(whole, target.dtype)
             continue
-        places = [np.flatnonzero(source == index) for source, index in zip(wanted, piece.index, strict=False)]
+        along = zip(wanted, piece.index, strict=False)
+        places = [np.flatnonzero(_of_layer(source, piece) == index) for source, index in along]
         if all(map(len, places)):
             calls.append(lambda piece=piece, places=places: read(piece, places))
     reader.all(calls)
 
 
 def _wanted(source: np.ndarray | None, start: int, stop: int) -> np.ndarray:
-    return np.arange(start, stop) if source is None else source[start:stop]
+    return np.arange(start, stop) if source is None else source[..., start:stop]
+
+
+def _of_layer(source: np.ndarray, piece: Piece) -> np.ndarray:
+    return source[piece.index[0]] if source.ndim == 2 else source
 
 
 def _as_slice(indices: np.ndarray) -> Any:

@@ -68,8 +68,12 @@ def _with_inputs(array: Any, shape: tuple[int, ...]) -> Any:
 def _moved(array: Any, share: Share, sharding: Sharding) -> jax.Array:
     """A parameter from one device to where its parts belong."""
     for axis, source in enumerate(share.sources):
-        if source is not None:
-            places = np.where(source < 0, array.shape[axis], source)
+        if source is None:
+            continue
+        places = np.where(source < 0, array.shape[axis], source)
+        if source.ndim == 2:  # experts of each layer
+            array = array[np.arange(len(source))[:, None], places]
+        else:
             array = jnp.take(array, places, axis, mode="fill", fill_value=0)
     return jax.device_put(array, NamedSharding(sharding.mesh, share.spec))
 
@@ -78,8 +82,13 @@ def _whole(array: jax.Array, share: Share, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `_moved`."""
     array = jax.device_put(array, _default_device())
     for axis, source in enumerate(share.sources):
-        if source is not None:
-            array = jnp.take(array, np.array([np.argmax(source == i) for i in range(shape[axis])]), axis)
+        if source is None:
+            continue
+        first = lambda row: np.array([np.argmax(row == i) for i in range(shape[axis])])  # noqa: B023
+        if source.ndim == 2:
+            array = array[np.arange(len(source))[:, None], np.stack([first(row) for row in source])]
+        else:
+            array = jnp.take(array, first(source), axis)
     return array
 
 

@@ -6,28 +6,33 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.quantized import QuantizedArray, is_quantized
 
 from ..axes import RULES, Axes
 from ..block_config import Architecture
+from ..placement import Placement
 from ..weights import nested
 from .shares import Share, local, shares
+
+#: Names of the arrays that a placement adds to the weights.
+TABLES = "moe.slots", "moe.copies"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """Where a model lies: `mesh`, the mesh axes of each logical axis, and how tokens meet other devices' experts.
 
-    `exchange`: a name of `moe_jax.exchange`, None to choose by size. `unit`: see `shares`. Raises `ValueError` for axes
-    that the mesh does not have.
+    `exchange`: a name of `moe_jax.exchange`, None to choose by size. `unit`, `placement`: see `shares`. Raises
+    `ValueError` for axes that the mesh does not have.
     """
 
     mesh: Mesh
     axes: Axes = RULES
     exchange: str | None = None
     unit: int = 1
+    placement: Placement | None = None
 
     def __post_init__(self):
         if not isinstance(self.mesh, Mesh):
@@ -52,7 +57,15 @@ class Sharding:
 
     def shares(self, architecture: Architecture) -> dict[str, Share]:
         """How every parameter lies."""
-        return shares(architecture, self.axes, self.sizes, self.unit)
+        return shares(architecture, self.axes, self.sizes, self.unit, self.placement)
+
+    def tables(self) -> dict[str, jax.Array]:
+        """What a router's choices are looked up in where experts are placed, on every device; nothing without."""
+        if self.placement is None:
+            return {}
+        here = NamedSharding(self.mesh, PartitionSpec())
+        put = lambda x: jax.make_array_from_callback(x.shape, here, lambda index: x[index])
+        return dict(zip(TABLES, map(put, self.placement.table()), strict=True))
 
     def local(self, architecture: Architecture) -> Architecture:
         """What one device computes."""
@@ -60,7 +73,8 @@ class Sharding:
 
     def specs(self, architecture: Architecture) -> dict[str, Any]:
         """The partition specs of weights, nested as they are; those of a quantised kernel are its `leaf_specs`."""
-        return nested({name: share.spec for name, share in self.shares(architecture).items()})
+        found = {name: share.spec for name, share in self.shares(architecture).items()}
+        return nested(found | ({} if self.placement is None else dict.fromkeys(TABLES, PartitionSpec())))
 
     def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` of one device's parts as a function of whole arrays."""

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from ..axes import Axes
 from ..block_config import Architecture, AttentionConfig
+from ..placement import Placement
 from ..weights import Parameter, parameters
 
 
@@ -22,7 +23,8 @@ class Share:
     """How one parameter lies on the mesh.
 
     `sources`: for each axis what stands at each place, an index into the model's parameter, -1 for zeros; None: the
-    parameter's own indices. `axes`: the mesh axes that each axis is cut along.
+    parameter's own indices; `[L, places]` where it differs from layer to layer. `axes`: the mesh axes that each axis is
+    cut along.
     """
 
     sources: tuple[np.ndarray | None, ...]
@@ -35,7 +37,7 @@ class Share:
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of what is stored for a parameter of `shape`."""
-        return tuple(n if s is None else len(s) for n, s in zip(shape, self.sources, strict=True))
+        return tuple(n if s is None else s.shape[-1] for n, s in zip(shape, self.sources, strict=True))
 
     def of_stored(
         self, name: str, shape: tuple[int, ...], contracted: int, block: int | None, sizes: dict[str, int]
@@ -59,26 +61,41 @@ class Share:
         return Share((*sources, last), (*axes, names))
 
 
-def shares(architecture: Architecture, axes: Axes, sizes: dict[str, int], unit: int = 1) -> dict[str, Share]:
+def shares(
+    architecture: Architecture,
+    axes: Axes,
+    sizes: dict[str, int],
+    unit: int = 1,
+    placement: Placement | None = None,
+) -> dict[str, Share]:
     """The share of every parameter, for a table of axes and the sizes of the mesh.
 
-    `unit`: inputs of a quantised kernel that are stored together, between which hidden widths are cut.
+    `unit`: inputs of a quantised kernel that are stored together, between which hidden widths are cut. `placement`: the
+    experts of each layer's places, None for all in order.
     """
     ways = {f.name: math.prod(sizes[n] for n in getattr(axes, f.name)) for f in dataclasses.fields(axes)}
-    check_experts(architecture, ways["experts"])
+    check_experts(architecture, ways["experts"], placement)
     found = {}
     for name, parameter in parameters(architecture).items():
         sources, cuts = [], []
         for axis in range(len(parameter.shape)):
             source, logical = _axis(architecture, name, parameter, axis, ways, unit)
+            if logical == "experts" and placement is not None:
+                source = placement.slots
             sources.append(source)
             cuts.append(getattr(axes, logical) if logical else ())
         found[name] = Share(tuple(sources), tuple(cuts))
     return found
 
 
-def check_experts(architecture: Architecture, ranks: int) -> None:
-    """`ValueError` where a pyramid's experts cannot be dealt out evenly."""
+def check_experts(architecture: Architecture, ranks: int, placement: Placement | None) -> None:
+    """`ValueError` where a pyramid's experts cannot be dealt out evenly, or a placement is for other ones."""
+    if placement is not None:
+        counts = set(architecture.expert_counts)
+        found = len(placement.slots), {placement.num_experts}, placement.ranks
+        if found != (len(architecture.moe_layers), counts, ranks):
+            layers = f"{len(architecture.moe_layers)} layers of {sorted(counts)} experts on {ranks} ranks"
+            raise ValueError(f"placement: of {found[0]} layers of {placement.num_experts} on {found[2]}, not {layers}")
     odd = sorted({count for count in architecture.expert_counts if count % ranks})
     if architecture.pyramid and odd:
         common = math.gcd(*architecture.expert_counts)
