@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -14,6 +15,7 @@ from .cache import grow
 from .engine import Request, Sizes, decode, prefill, step, tokens_at_once
 from .model import Model, check_inputs, forced_ids, is_integer, with_more_rows
 from .sampling import make_sampler
+from .sharding import fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +185,7 @@ class _Run:
             # The newest token is not in the cache, so one more stands than there are columns.
             reach = min(limit, self.capacity - self.longest + 1)
             self._decode(reach)
-            if reach == limit or bool(self.state.done.all()):
+            if reach == limit or bool(fetched(self.state.done.all())):
                 return
             self.capacity = min(2 * self.capacity, self.full)
             self.state = dataclasses.replace(self.state, cache=grow(self.state.cache, self.capacity))
@@ -195,12 +197,12 @@ class _Run:
             self.state = decode(*given, self.state, self.request, limit, sharding=sharding)
             return
         # A loop on a GPU that asks if rows have ended waits for the host each time: steps are sent ahead instead.
-        ended = False
+        ended = jnp.zeros((), bool)
         while self.count < limit:
             self.state = step(*given, self.state, self.request, sharding=sharding)
             self.count += 1
             if self.count % _STEPS == 0:
-                if ended:  # waits for the answer to the question before, while the steps since then run
+                if fetched(ended):  # waits for the answer to the question before, while the steps since then run
                     return
                 ended = self.state.done.all()
 
@@ -210,16 +212,16 @@ class _Run:
             return
         self.start()
         for index in range(self.new):
-            if index and bool(self.state.done.all()):
+            if index and bool(fetched(self.state.done.all())):
                 return
             self.advance(index + 1)
-            yield np.asarray(self.state.tokens[: len(self.given), index])
+            yield fetched(self.state.tokens[: len(self.given), index])
 
     def result(self) -> np.ndarray | Generated:
         """Prompt and new tokens; what follows a row's end is padding."""
         new = np.zeros((self.given.shape[0], 0), np.int32)
         if self.new:
-            new = np.asarray(self.state.tokens)[: len(self.given), : self.new]
+            new = fetched(self.state.tokens)[: len(self.given), : self.new]
         ids = np.concatenate([self.given, new], 1)
         if not self.record:
             return ids
@@ -227,7 +229,7 @@ class _Run:
             raise ValueError("return_record: nothing is run with max_new_tokens=0; call the model instead")
         if self.prompt_experts is None:
             return Generated(ids, ())
-        parts = spread(np.asarray(self.prompt_experts), self.mask), np.asarray(self.state.experts)[:, :, : self.new]
+        parts = spread(fetched(self.prompt_experts), self.mask), fetched(self.state.experts)[:, :, : self.new]
         return Generated(ids, tuple(np.concatenate(parts, 2)[:, : len(ids)]))
 
 

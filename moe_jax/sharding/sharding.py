@@ -1,11 +1,13 @@
 """`Sharding`: a mesh and a table of axes, and what they make of a model's arrays and programs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.quantized import QuantizedArray, is_quantized
@@ -79,6 +81,18 @@ class Sharding:
     def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` of one device's parts as a function of whole arrays."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def fetched(x: jax.Array) -> np.ndarray:
+    """An array on the host, whatever devices of whatever processes hold it; all of them have to ask."""
+    if not x.is_fully_addressable:
+        x = _everywhere(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+    return np.asarray(x)
+
+
+@functools.cache
+def _everywhere(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=where)
 
 
 def leaf_specs(weights: Mapping[str, Any], specs: Mapping[str, Any]) -> Any:

@@ -27,10 +27,10 @@ def runs(request):
     sample, steps = engine.sample, {}
     tracing = contextvars.ContextVar("architecture")
 
-    def reporting(sampler, logits, key, seen=None):
+    def reporting(sampler, logits, key, seen=None, first=0):
         architecture = tracing.get()  # the program outlives this call, for cases of equal architecture
         jax.debug.callback(lambda row: steps[architecture].append(row), logits)
-        return sample(sampler, logits, key, seen)
+        return sample(sampler, logits, key, seen, first)
 
     def run_group(cases):
         architecture = golden_model(cases[0]).architecture
