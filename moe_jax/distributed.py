@@ -1,49 +1,24 @@
 """One program in several processes: `initialize` joins them, and the loss of one stops the others, by name.
 
 JAX by itself notices a killed process when its heartbeats time out, aborts from C++ then, and also where a process
-never comes: nothing that Python could catch. So each process has a monitor, a small process that no collective blocks
-and no abort ends. Monitors meet at the coordinator's address before JAX does, in a star around process 0's, which
-knows who is missing; then the port is JAX's. Over the connections, which stay, each reports when its process fails or
-dies; the news goes to all of them, and they end their processes. POSIX only.
-
-This file is also the monitor's program: at its top it imports the standard library only.
+never comes: nothing that Python could catch. So each process has a monitor (`peer_monitor.py`), which knows before JAX
+does who is missing, and hears at once who is lost. POSIX only.
 """
 
 import atexit
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import queue
-import select
-import selectors
-import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from typing import Any
 
-# Seconds: between signs of life; for which an exception is held back, as the death that caused it may not be known
-# yet; that a process gets to end by itself; by which JAX's own timeouts are longer than the monitors', which know more.
-_BEAT, _SETTLE, _GRACE, _LATER = 1.0, 1.0, 5.0, 20
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What a monitor is told."""
-
-    address: str
-    bind: str
-    count: int
-    rank: int
-    pid: int
-    timeout: float
-    heartbeat_timeout: float
-    shutdown_timeout: float
+from .peer_monitor import GRACE, LATER, PROGRAM, SETTLE, Job, split_address
 
 
 def initialize(
@@ -82,10 +57,10 @@ def initialize(
     if count == 1 or address is count is rank is None:
         return
     bind = _check(address, count, rank)
-    _join(_Job(address, bind, count, rank, os.getpid(), timeout, heartbeat_timeout, shutdown_timeout), devices)
+    _join(Job(address, bind, count, rank, os.getpid(), timeout, heartbeat_timeout, shutdown_timeout), devices)
 
 
-def _join(job: _Job, devices: int | Sequence[int] | None) -> None:
+def _join(job: Job, devices: int | Sequence[int] | None) -> None:
     global _monitor
     import jax
 
@@ -100,9 +75,9 @@ def _join(job: _Job, devices: int | Sequence[int] | None) -> None:
             devices,
             cluster_detection_method="deactivate",
             coordinator_bind_address=job.bind,
-            initialization_timeout=int(job.timeout) + _LATER,
-            heartbeat_timeout_seconds=int(job.heartbeat_timeout) + _LATER,
-            shutdown_timeout_seconds=int(job.shutdown_timeout) + _LATER,
+            initialization_timeout=int(job.timeout) + LATER,
+            heartbeat_timeout_seconds=int(job.heartbeat_timeout) + LATER,
+            shutdown_timeout_seconds=int(job.shutdown_timeout) + LATER,
         )
     except BaseException as error:
         monitor.fail(error)
@@ -169,31 +144,24 @@ def _check(address: Any, count: Any, rank: Any) -> str:
         raise ValueError(f"initialize: nothing says {', '.join(missing)}; there are {values}")
     if not isinstance(count, int) or not isinstance(rank, int) or not 0 <= rank < count:
         raise ValueError(f"initialize: process_id {rank!r} is not one of num_processes {count!r}")
-    host, port = _split(address)
+    host, port = split_address(address)
     loopback = host in ("localhost", "::1") or host.startswith("127.")
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (address if loopback else f"[::]:{port}")
-    _split(bind)
+    split_address(bind)
     return bind
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"initialize: {address!r} is not of the form host:port")
-    return host.strip("[]"), int(port)
 
 
 class _Monitor:
     """A process's own side of its monitor."""
 
-    def __init__(self, job: _Job):
+    def __init__(self, job: Job):
         self.pid = os.getpid()
         self._over = False  # the others know of an error here, or need to know of nothing more
         self._answer: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self._news = threading.Event()
         self._socket, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-I", "-S", __file__, json.dumps(dataclasses.asdict(job))]
+            command = [sys.executable, "-I", "-S", PROGRAM, json.dumps(dataclasses.asdict(job))]
             self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -232,7 +200,7 @@ class _Monitor:
         if not self._over:
             self._over = True
             self.tell("failed", ": ".join(filter(None, (type(error).__name__, str(error))))[:1000])
-            self._news.wait(_SETTLE + _GRACE)
+            self._news.wait(SETTLE + GRACE)
 
     def close(self, last: str = "") -> None:
         self._over = True
@@ -242,294 +210,10 @@ class _Monitor:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         try:
-            self._process.wait(2 * _GRACE)
+            self._process.wait(2 * GRACE)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
 
 _monitor: _Monitor | None = None
-
-
-class _Channel:
-    """Messages, each a line of JSON, over a connected socket that blocks nobody."""
-
-    def __init__(self, connected: socket.socket):
-        connected.setblocking(False)
-        self.socket, self.heard, self._rest = connected, time.monotonic(), b""
-
-    def send(self, kind: str, text: Any = "", **more: Any) -> None:
-        with contextlib.suppress(OSError):  # the other end is gone, which `receive` will say
-            self.socket.sendall(json.dumps({"kind": kind, "text": text, **more}).encode() + b"\n")
-
-    def receive(self) -> list[dict] | None:
-        """What has come; nothing more will after None."""
-        try:
-            data = self.socket.recv(1 << 16)
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        if not data or len(self._rest) > 1 << 20:
-            return None
-        self.heard = time.monotonic()
-        try:
-            return [{"kind": "", "text": "", **json.loads(line)} for line in lines]
-        except (ValueError, TypeError):
-            return None
-
-
-class _Member:
-    """The monitor of one process, connected to process 0's, the hub."""
-
-    def __init__(self, job: _Job):
-        self.job, self.process, self._parent = job, _Channel(socket.socket(fileno=0)), os.getppid()
-        self.state, self.gone = "running", False  # of the process; others: finished, done, failed
-        self.channels: dict[int, _Channel] = {}
-        self.who: dict[int, str] = {}
-        self.started = self.concluded = False
-        self.deadline, self.end = time.monotonic() + job.timeout, math.inf
-        self._problem = ""
-
-    def run(self) -> None:
-        beaten = 0.0
-        while not self.over():
-            with selectors.DefaultSelector() as selector:
-                for source in self.sources():
-                    selector.register(source, selectors.EVENT_READ)
-                selector.select(0.2)
-            self.hear_process()  # before what its end did to others
-            self.hear_monitors()
-            if (now := time.monotonic()) > beaten + _BEAT:
-                beaten = now
-                self.beat()
-            if not self.concluded:
-                self.check(now)
-        if self.concluded and self.started and not self.gone and self.state != "done":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.job.pid, signal.SIGKILL)
-
-    def over(self) -> bool:
-        left = self.gone and (self.concluded or not self.channels)
-        return left or self.state == "done" or time.monotonic() > self.end
-
-    def sources(self) -> list[socket.socket]:
-        own = [] if self.gone else [self.process]
-        return [channel.socket for channel in (*own, *self.channels.values())]
-
-    def hear_process(self) -> None:
-        messages = [] if self.gone else self.process.receive()
-        for message in messages or ():
-            self.state = message["kind"]
-            self.report(self.job.rank, self.state, message["text"])
-        # a child that it forked may keep the socket open
-        if not self.gone and (messages is None or os.getppid() != self._parent):
-            self.gone, self.end = True, min(self.end, time.monotonic() + _GRACE)
-            if self.state in ("running", "finished"):
-                self.report(self.job.rank, "died", "")
-
-    def hear_monitors(self) -> None:
-        for rank, channel in list(self.channels.items()):
-            messages = channel.receive()
-            for message in messages or ():
-                self.hear(rank, message)
-            if messages is None:
-                self.channels.pop(rank).socket.close()
-                self.closed(rank)
-
-    def beat(self) -> None:
-        self.broadcast("beat")
-
-    def broadcast(self, kind: str, text: Any = "") -> None:
-        for channel in self.channels.values():
-            channel.send(kind, text)
-
-    def report(self, rank: int, kind: str, text: str) -> None:
-        """Something of this process that the hub is to know."""
-        self.broadcast(kind, text)
-
-    def hear(self, rank: int, message: dict) -> None:
-        kind, text = message["kind"], message["text"]
-        if kind in ("here", "start"):
-            self.who = {int(rank): who for rank, who in text.items()}
-        if kind == "start":
-            self.start()
-        if kind in ("lost", "late"):
-            self.conclude(kind, text)
-
-    def closed(self, rank: int) -> None:
-        self._problem = "the connection was closed at once"
-        if self.who:  # it was a hub
-            self.conclude("lost", f"{self.who[rank]} died, or the connection to it broke")
-
-    def check(self, now: float) -> None:
-        if not self.started:
-            self.join(now)
-        for rank, channel in list(self.channels.items()):
-            if now > channel.heard + self.job.heartbeat_timeout:
-                who = self.who.get(rank, f"process {rank}")
-                self.conclude("lost", f"{who} has been silent for {now - channel.heard:.0f} s")
-
-    def join(self, now: float) -> None:
-        if now > self.deadline:
-            self.report(self.job.rank, "failed", self.late())
-            self.conclude("late", self.late())
-        elif not self.channels:
-            try:
-                self.channels[0] = _Channel(socket.create_connection(_split(self.job.address), timeout=2))
-            except OSError as error:
-                self._problem = str(error)
-            else:
-                self.channels[0].send("hello", _name(self.job), rank=self.job.rank, count=self.job.count)
-
-    def late(self) -> str:
-        where = f"{self.job.address} within {self.job.timeout:g} s"
-        if not self.who:
-            return f"process 0 did not come to {where} ({self._problem})"
-        missing = [rank for rank in range(self.job.count) if rank not in self.who]
-        return f"{len(self.who)} of {self.job.count} processes came to {where}; missing: {str(missing)[1:-1]}"
-
-    def start(self) -> None:
-        self.started = True
-        self.process.send("start")
-
-    def conclude(self, kind: str, text: str) -> None:
-        """The news, after which there is none: ends the process, or before the start lets it raise."""
-        if self.concluded:
-            return
-        self.concluded, self.end = True, time.monotonic() + _GRACE
-        if self.started:
-            end = "" if text.startswith(self.who[self.job.rank]) else f"; process {self.job.rank} ends"
-            with contextlib.suppress(OSError):
-                if select.select([], [2], [], 1)[1]:  # it may be full, and nobody reading
-                    os.write(2, f"moe_jax: {text}{end}\n".encode())
-        self.process.send(kind, text)
-
-
-class _Hub(_Member):
-    """The monitor of process 0, to which all others are connected."""
-
-    def __init__(self, job: _Job):
-        super().__init__(job)
-        self.who[0] = _name(job)
-        self.finished: dict[int, float] = {}
-        self.done: set[int] = set()
-        self.failures: dict[int, tuple[float, str]] = {}
-        self.guests: list[_Channel] = []  # who have not said yet who they are
-        self.listener: socket.socket | None = None
-        try:
-            self.listener = _listen(job.bind)
-        except OSError as error:
-            self.conclude("lost", f"process 0 cannot listen at {job.bind}: {error}")
-
-    def over(self) -> bool:
-        if not self.concluded:
-            return len(self.done) == self.job.count or time.monotonic() > self.end
-        return self.gone and not self.channels or time.monotonic() > self.end
-
-    def sources(self) -> list[socket.socket]:
-        return [*super().sources(), *(guest.socket for guest in self.guests), *filter(None, [self.listener])]
-
-    def hear_monitors(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self.listener:
-                self.guests.append(_Channel(self.listener.accept()[0]))
-        guests, self.guests = self.guests, []
-        for guest in guests:
-            messages = guest.receive()
-            if messages == []:
-                self.guests.append(guest)
-            elif messages and self.listener:
-                self.admit(guest, messages[0])
-            else:
-                guest.socket.close()
-        super().hear_monitors()
-
-    def admit(self, guest: _Channel, hello: dict) -> None:
-        rank, count, who = hello.get("rank"), hello.get("count"), hello["text"]
-        if count != self.job.count or rank not in range(count) or rank in self.who:
-            twice = rank in self.who and f"there are {who} and {self.who[rank]}"
-            text = twice or f"{who} is one of {count} processes, and process 0 one of {self.job.count}"
-            guest.send("lost", text)
-            return self.conclude("lost", text)
-        self.channels[rank], self.who[rank] = guest, who
-        guest.send("here", self.who)
-        if len(self.who) == count:
-            self.close_door()  # from here on the port is JAX's
-            self.start()
-            self.broadcast("start", self.who)
-
-    def close_door(self) -> None:
-        for closed in (*(guest.socket for guest in self.guests), *filter(None, [self.listener])):
-            closed.close()
-        self.guests, self.listener = [], None
-
-    def beat(self) -> None:
-        self.broadcast(*(("beat",) if self.started else ("here", self.who)))
-
-    def hear(self, rank: int, message: dict) -> None:
-        self.report(rank, message["kind"], message["text"])
-
-    def report(self, rank: int, kind: str, text: str) -> None:
-        now = time.monotonic()
-        if kind == "finished":
-            self.finished[rank] = now
-        elif kind == "done":
-            self.done.add(rank)
-        elif kind == "failed":
-            self.failures[rank] = now, f"{self.who[rank]} failed: {text}"
-        elif kind == "died" and rank not in self.failures:
-            self.conclude("lost", f"{self.who[rank]} died")
-
-    def closed(self, rank: int) -> None:
-        if rank not in self.done:
-            self.report(rank, "died", "")
-
-    def check(self, now: float) -> None:
-        super().check(now)
-        when, text = min(self.failures.values(), default=(math.inf, ""))
-        if now > when + _SETTLE:
-            self.conclude("lost", text)
-        running = [self.who[rank] for rank in sorted(self.who) if rank not in self.finished]
-        first = min(self.finished, key=self.finished.get, default=None)
-        if running and first is not None and now > self.finished[first] + self.job.shutdown_timeout:
-            waited = f"{self.who[first]} has waited {self.job.shutdown_timeout:g} s for the others' end"
-            self.conclude("lost", f"{waited}; not there: {', '.join(running)}")
-
-    def join(self, now: float) -> None:
-        if now > self.deadline:
-            self.conclude("late", self.late())
-
-    def conclude(self, kind: str, text: str) -> None:
-        if not self.concluded:
-            self.broadcast(kind, text)
-            self.close_door()
-        super().conclude(kind, text)
-
-
-def _name(job: _Job) -> str:
-    return f"process {job.rank} (pid {job.pid} on {socket.gethostname()})"
-
-
-def _listen(address: str) -> socket.socket:
-    host, port = _split(address)
-    if host == "::" and socket.has_dualstack_ipv6():
-        listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        family, *_, where = socket.getaddrinfo("0.0.0.0" if host == "::" else host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(where[:2], family=family)
-    listener.setblocking(False)
-    return listener
-
-
-def _main() -> None:
-    # a terminal or a scheduler may send these to all processes of a group; monitors end with their processes
-    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
-    job = _Job(**json.loads(sys.argv[1]))
-    (_Member if job.rank else _Hub)(job).run()
-
-
-if __name__ == "__main__":
-    _main()

@@ -86,7 +86,8 @@ class Sharding:
 def fetched(x: jax.Array) -> np.ndarray:
     """An array on the host, whatever devices of whatever processes hold it; all of them have to ask."""
     if not x.is_fully_addressable:
-        x = _everywhere(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+        lies: Any = x.sharding
+        x = _everywhere(NamedSharding(lies.mesh, PartitionSpec()))(x)
     return np.asarray(x)
 
 

@@ -55,9 +55,9 @@ def first_logits(model, ids, mask):
     found = []
     run, sample = generation._Run(model, ids, mask, 8, ()), engine.sample
 
-    def reporting(sampler, logits, key, seen):
+    def reporting(sampler, logits, key, seen, first):
         jax.debug.callback(lambda a: found.append(np.asarray(a)), logits)
-        return sample(sampler, logits, key, seen)
+        return sample(sampler, logits, key, seen, first)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "sample", reporting)

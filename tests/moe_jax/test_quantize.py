@@ -220,8 +220,8 @@ def test_int8_while_loading_a_pyramid(tmp_path):
 
 def test_int8_while_loading_holds_one_wide_layer(monkeypatch, tmp_path):
     moe_jax.save_pretrained(Model.initialize(tiny_config()), tmp_path)
-    made, seen = load._aligned, []
-    monkeypatch.setattr(load, "_aligned", lambda shape, dtype: seen.append(shape) or made(shape, dtype))
+    made, seen = load.aligned, []
+    monkeypatch.setattr(load, "aligned", lambda shape, dtype: seen.append(shape) or made(shape, dtype))
     monkeypatch.setattr(load, "_encoded", lambda *args, call=load._encoded: seen.append(args[0].shape) or call(*args))
     moe_jax.load_pretrained(tmp_path, quantize="int8")
     table = parameters(tiny_config().architecture)
