@@ -32,7 +32,7 @@ class Generated:
     def expert_counts(self, num_experts: int) -> np.ndarray:
         """Tokens of each MoE layer's experts, int64 `[Lm, num_experts]`: what `moe_jax.balance` takes.
 
-        >>> Generated(np.zeros((1, 3)), (np.array([[[0, 1], [1, 2], [-1, -1]]]),)).expert_counts(4).tolist()
+        >>> Generated(np.zeros((1, 3), int), (np.array([[[0, 1], [1, 2], [-1, -1]]]),)).expert_counts(4).tolist()
         [[1, 2, 1, 0]]
         """
         chosen = (np.asarray(layer).ravel() for layer in self.expert_ids)

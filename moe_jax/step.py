@@ -17,13 +17,13 @@ from pallas_kernels import Experts
 from pallas_kernels.attention.decode import QKNorm, Rotary, Seen, decode_attention
 from pallas_kernels.attention.latent import decode_latent_attention
 from pallas_kernels.attention.latent_products import absorb, latent_values
-from pallas_kernels.linear import RMSNorm, linear
+from pallas_kernels.linear import LayerNorm, RMSNorm, linear
 from pallas_kernels.quantized import is_quantized
 
 from .attention import Span, Varying
 from .axes import add_up
-from .block import ROUTER, Choice, Place, RoutingRequest, routed
-from .block_config import AttentionConfig, BlockConfig, MLPConfig
+from .block import ROUTER, Choice, Place, RoutingRequest, placed, routed
+from .block_config import AttentionConfig, BlockConfig, MLPConfig, NormConfig
 from .router import choose_by
 from .weights import Weights
 
@@ -57,7 +57,7 @@ def plain_enough(config: BlockConfig, x: Any, place: Any, span: Span, entries: A
         and not span.fresh
         and span.bias is None
         and span.key_positions is None
-        and (config.norm.kind, config.norm.place) == ("rms", "pre")
+        and config.norm.place == "pre"
         and config.skip_attention
         and config.residual_scale == 1.0
         and config.mix is None
@@ -83,7 +83,7 @@ def _attention(
     """The stream `[B, D]` after attention and its residual, and the cache's stacks; `column [B]` of each new token."""
     own, a = weights["attention"], config.attention
     batch = rows.shape[0]
-    norm = RMSNorm(weights["attention_norm"]["scale"], config.norm.epsilon, place.layer)
+    norm = _norm(config.norm, weights["attention_norm"], place.layer)
     kernels = [_matrices(own[name]) for name in "qkv"]
     biases = [_flat(own.get(f"{name}_bias")) for name in "qkv"]
     q, k, v = linear(rows, kernels, layer=place.layer, norm=norm, biases=biases)
@@ -109,7 +109,7 @@ def _latent_attention(
     """`_attention` in DeepSeek's absorbed form, see `attention._latent_mix`."""
     own, a, layer = weights["attention"], config.attention, place.layer
     batch, latent = rows.shape[0], a.latent
-    norm = RMSNorm(weights["attention_norm"]["scale"], config.norm.epsilon, layer)
+    norm = _norm(config.norm, weights["attention_norm"], layer)
     names = "q" if latent.query_rank is None else "q_down", "kv_down"
     biases = [own.get(f"{name}_bias") for name in names]
     q, new = linear(rows, [_matrices(own[name]) for name in names], layer=layer, norm=norm, biases=biases)
@@ -159,7 +159,7 @@ def _rotary(config: AttentionConfig, span: Span, varying: Varying) -> Rotary | N
 
 def _mlp(config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, request: RoutingRequest):
     """The stream `[B, D]` after the MLP and its residual, and the router's choice (None: a dense layer)."""
-    norm = RMSNorm(weights["mlp_norm"]["scale"], config.norm.epsilon, place.layer)
+    norm = _norm(config.norm, weights["mlp_norm"], place.layer)
     if not place.moe:
         part = lambda residual: [_dense(config.dense, weights["dense"], rows, place.of_kind, norm, residual)]
         return _added_up(config.axes.hidden, part, rows), None
@@ -175,7 +175,8 @@ def _mlp(config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, req
     stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
     hidden = config.axes.hidden
-    y, overflow = routed(config, h, ids, gates, experts, place, request.implementation, None if hidden else rows)
+    where, residual = placed(group, ids, layer), None if hidden else rows
+    y, overflow = routed(config, h, where, gates, experts, place, request.implementation, residual)
     if config.shared is not None:
         y = _shared(config, weights["shared"], h, y, layer)
     return rows + add_up(y, hidden) if hidden else y, Choice(logits, ids, gates, overflow)
@@ -189,7 +190,7 @@ def _shared(config: BlockConfig, weights: Weights, h: jax.Array, y: jax.Array, l
     return y + _dense(config.shared, weights, h, layer, None, None) * scale
 
 
-def _dense(config: MLPConfig, weights: Weights, rows: jax.Array, layer: Any, norm: RMSNorm | None, residual: Any):
+def _dense(config: MLPConfig, weights: Weights, rows: jax.Array, layer: Any, norm: Any, residual: Any):
     """A dense MLP on rows `[B, D]`, its norm before it and `residual` added to it."""
     names = ("gate", "up") if config.activation.gated else ("up",)
     biases = [weights.get(f"{name}_bias") for name in names]
@@ -197,6 +198,13 @@ def _dense(config: MLPConfig, weights: Weights, rows: jax.Array, layer: Any, nor
     hidden = config.activation(gate[0] if gate else None, up)
     given = dict(layer=layer, biases=[weights.get("down_bias")], residual=residual)
     return linear(hidden, [weights["down"]], **given)[0]
+
+
+def _norm(config: NormConfig, weights: Weights, layer: Any) -> RMSNorm | LayerNorm:
+    """The norm of a sublayer's input, its stacks with it."""
+    if config.kind == "layer":
+        return LayerNorm(weights["scale"], weights["bias"], config.epsilon, layer)
+    return RMSNorm(weights["scale"], config.epsilon, layer)
 
 
 def _matrices(kernel: Any) -> Any:

@@ -32,8 +32,8 @@ def make_mesh(data: int = 1, expert: int = 1, model: int = 1, *, devices: Sequen
     used, in order; None: JAX's choice among all, of all processes. Raises `ValueError` for sizes that are not positive
     integers, and for another number of devices than their product.
 
-    >>> make_mesh().shape
-    OrderedDict({'data': 1, 'expert': 1, 'model': 1})
+    >>> dict(make_mesh().shape)
+    {'data': 1, 'expert': 1, 'model': 1}
     """
     sizes = {"data": data, "expert": expert, "model": model}
     for name, size in sizes.items():

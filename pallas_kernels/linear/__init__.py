@@ -1,5 +1,6 @@
 """Norm, products, biases and residual of few rows."""
 
-from .api import RMSNorm, linear
+from .api import linear
+from .norms import LayerNorm, RMSNorm
 
-__all__ = ["RMSNorm", "linear"]
+__all__ = ["LayerNorm", "RMSNorm", "linear"]

@@ -1,6 +1,5 @@
 """The linear map behind a norm: signature, checks and choice of implementation."""
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from ..dims import Array as AnyArray
 from ..dims import check_layer
 from ..registry import Implementation, Operation
 from . import triton_row, triton_rows, xla
+from .norms import LayerNorm, RMSNorm, check_norm
 
 
 def _with_gradient(run):
@@ -49,22 +49,12 @@ OPERATION = Operation(
 )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RMSNorm:
-    """RMSNorm (arXiv:1910.07467) before a product: `scale [K]`, or a stack `[L, K]` of which `layer` is taken."""
-
-    scale: Any
-    epsilon: float = dataclasses.field(metadata={"static": True})
-    layer: Any = None
-
-
 def linear(
     x: Float[AnyArray, "G K"],
     kernels: Sequence[Any],
     *,
     layer: int | Int[AnyArray, ""] | None = None,
-    norm: RMSNorm | None = None,
+    norm: RMSNorm | LayerNorm | None = None,
     biases: Sequence[AnyArray | None] | None = None,
     residual: Float[AnyArray, "G N"] | None = None,
     dtype: Any = None,
@@ -89,6 +79,22 @@ def linear(
     [[[3.464101552963257]], [[1.7320507764816284, 0.0, 0.0]]]
     """
     x = jnp.asarray(x)
+    _check(x, kernels, layer, biases)
+    if norm is not None:
+        check_norm(norm, x)
+    if residual is not None and (len(kernels) > 1 or residual.shape != (x.shape[0], kernels[0].shape[-2])):
+        raise ValueError(f"residual: shape {residual.shape} beside kernels {[k.shape for k in kernels]}")
+    if residual is not None and residual.dtype != (dtype or x.dtype):
+        raise ValueError(f"residual: dtype {residual.dtype}, expected the products', {jnp.dtype(dtype or x.dtype)}")
+    if biases is not None and all(bias is None for bias in biases):
+        biases = None
+    with jax.named_scope("linear"):
+        given = x, tuple(kernels), layer, norm, None if biases is None else tuple(biases), residual, dtype, normed
+        return OPERATION.run(implementation, *given)
+
+
+def _check(x: Any, kernels: Sequence[Any], layer: Any, biases: Sequence[Any] | None) -> None:
+    """`ValueError` unless kernels and biases fit x and each other."""
     if x.ndim != 2:
         raise ValueError(f"x: shape {x.shape}, expected [G, K]")
     if not kernels:
@@ -103,16 +109,4 @@ def linear(
         bias = biases[i] if biases is not None else None
         if bias is not None and bias.shape != kernel.shape[:-1]:
             raise ValueError(f"biases: shape {bias.shape}, expected {kernel.shape[:-1]}")
-    if norm is not None and (norm.scale.shape[-1] != width or norm.scale.ndim != (1 if norm.layer is None else 2)):
-        raise ValueError(f"norm: scale of shape {norm.scale.shape} for x of {x.shape}, layer {norm.layer}")
     check_layer(layer, kernels[0].shape[0])
-    check_layer(None if norm is None else norm.layer, 0 if norm is None else norm.scale.shape[0])
-    if residual is not None and (len(kernels) > 1 or residual.shape != (x.shape[0], kernels[0].shape[-2])):
-        raise ValueError(f"residual: shape {residual.shape} beside kernels {[k.shape for k in kernels]}")
-    if residual is not None and residual.dtype != (dtype or x.dtype):
-        raise ValueError(f"residual: dtype {residual.dtype}, expected the products', {jnp.dtype(dtype or x.dtype)}")
-    if biases is not None and all(bias is None for bias in biases):
-        biases = None
-    with jax.named_scope("linear"):
-        given = x, tuple(kernels), layer, norm, None if biases is None else tuple(biases), residual, dtype, normed
-        return OPERATION.run(implementation, *given)

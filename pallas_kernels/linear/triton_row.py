@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as pltriton
 from ..quantized import is_quantized
 from ..triton_call import call_triton
 from . import stored
+from .norms import LayerNorm
 
 #: Most rows of a kernel per program, inputs of a piece of them, most warps: the best on an H100 (docs/benchmarks.md).
 ROWS, STEP, WARPS = 4, 2048, 4
@@ -40,8 +41,8 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, interpre
     if layer is None:
         kernels, biases = jax.tree.map(lambda w: w[None], (kernels, biases))
     if norm is not None:
-        scale = norm.scale if norm.layer is not None else norm.scale[None]
-        norm = dataclasses.replace(norm, scale=scale, layer=_index(norm.layer))
+        one = norm if norm.layer is not None else jax.tree.map(lambda part: part[None], norm)
+        norm = dataclasses.replace(one, layer=_index(norm.layer))
     sizes = [kernel.shape[1] for kernel in kernels]
     outputs = [((1, size), dtype or x.dtype) for size in sizes] + [(x.shape, x.dtype)] * normed
     quantized = any(map(is_quantized, kernels))
@@ -103,33 +104,49 @@ def moe_jax_linear_row(layer_ref, x_ref, kernels, norm, biases, residual, *outs,
 
 
 class _Row:
-    """The input `[1, K]` as products want it: columns times the norm's scale, and the factor that is still to apply.
+    """The input `[1, K]` as products want it: normed columns, and the factor that is still to apply.
 
-    The factor is computed when columns are first asked for: products have read weights by then, which are on their way
-    while x is added up.
+    Sums over the row are formed when columns are first asked for: products have read weights by then, which are on
+    their way meanwhile. RMSNorm's columns do not wait for the sum, as its factor applies to products too; LayerNorm's
+    do, and its factor is 1.
     """
 
     def __init__(self, ref, norm):
-        self._ref, self._norm, self._factor = ref, norm, None
+        self._ref, self._norm, self._sums = ref, norm, None
         self._layer = None if norm is None else norm.layer[0]
 
     def load(self, column, there):
         """Columns in float32, `[1, columns]`."""
         x = stored.load_row(self._ref, 0, column, there)
-        if self._norm is not None:
-            x *= stored.load_row(self._norm.scale, self._layer, column, there)
-            self.factor()
+        if self._norm is None:
+            return x[None, :]
+        part = lambda ref: stored.load_row(ref, self._layer, column, there)
+        if isinstance(self._norm, LayerNorm):
+            scale, bias, (mean, share) = part(self._norm.scale), part(self._norm.bias), self._moments()
+            return ((x - mean) * share * scale + bias)[None, :]
+        x *= part(self._norm.scale)
+        self._moments()
         return x[None, :]
 
     def factor(self):
-        if self._factor is None:
-            self._factor = jnp.float32(1)
-            if self._norm is not None:
-                width = self._ref.shape[1]
-                pieces = [stored.load_row(self._ref, 0, column, there) for _, column, there in _pieces(width)]
-                squares = sum(jnp.sum(jnp.square(x)) for x in pieces)
-                self._factor = lax.rsqrt(squares / width + self._norm.epsilon)
-        return self._factor
+        """What is to be multiplied to sums of products."""
+        if self._norm is None or isinstance(self._norm, LayerNorm):
+            return jnp.float32(1)
+        return self._moments()[1]
+
+    def _moments(self):
+        """The mean, None for RMSNorm, and one over the root of the mean square around it."""
+        if self._sums is None:
+            width, mean = self._ref.shape[1], None
+            pieces = [(stored.load_row(self._ref, 0, piece.columns, piece.there), piece) for piece in _pieces(width)]
+            parts = [x for x, _ in pieces]
+            if isinstance(self._norm, LayerNorm):
+                mean = sum(jnp.sum(x) for x in parts) / width
+                around = lambda x, there: x - mean if there is None else jnp.where(there, x - mean, 0)
+                parts = [around(x, piece.there) for x, piece in pieces]
+            squares = sum(jnp.sum(jnp.square(x)) for x in parts)
+            self._sums = mean, lax.rsqrt(squares / width + self._norm.epsilon)
+        return self._sums
 
 
 def _pieces(width):

@@ -1,11 +1,12 @@
 """A few rows times kernels of a stack on a GPU, on tensor cores: products, biases and residual in one launch.
 
-A program multiplies all rows of x with a few rows of one kernel, whose parts it reads ahead in a ring of stages. XLA's
-own products read a kernel as fast, but copy it out of its stack first.
+A program multiplies rows of x with rows of one kernel, both of which it reads ahead in a ring of stages. XLA's own
+products read a kernel as fast, but copy it out of its stack first.
 """
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,28 @@ MAX_ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Rows of a kernel and inputs that a program reads at once, stages of the ring, warps."""
+    """Rows of a kernel and inputs that a program reads at once, stages of the ring, warps.
+
+    `tokens`: rows of x in a program, None for all. `splits`: programs that have a part of an output's inputs each; XLA
+    adds up their sums, in the program that reads them if it makes that one. `turned`: programs begin at different
+    inputs, so that not all of them read the same part of x, and rows of kernels at the same distance, at once. `left`:
+    the kernel is the left operand, of whose rows tensor cores take 64 at once.
+    """
 
     rows: int = 16
     depth: int = 256
     stages: int = 4
     warps: int = 4
+    tokens: int | None = None
+    splits: int = 1
+    turned: bool = False
+    left: bool = False
+
+
+def choose(rows: int, size: int, width: int) -> Tile:
+    """How products of `rows` of x with `size` rows of kernels of `width` inputs are cut."""
+    del rows, size, width
+    return Tile()
 
 
 def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | None:
@@ -44,81 +61,115 @@ def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | No
     return f"products of {least} inputs at once, at least {LEAST}" if pl.next_power_of_2(least) < LEAST else None
 
 
-def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, tile=Tile(), interpret=False):
+def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, tile=None, interpret=False):
     """See `api.linear`. `tile`: instead of the usual one."""
     if norm is not None:
         x = xla.normed(x, norm)
     if layer is None:
         kernels, biases = jax.tree.map(lambda w: w[None], (kernels, biases))
-    sizes = [kernel.shape[1] for kernel in kernels]
-    outputs = [((x.shape[0], size), dtype or x.dtype) for size in sizes]
-    programs = [pl.cdiv(size, tile.rows) for size in sizes]
+    sizes, count, dtype = [kernel.shape[1] for kernel in kernels], x.shape[0], dtype or x.dtype
+    tile = tile or choose(count, sum(sizes), x.shape[1])
+    each = pl.cdiv(count, tile.tokens or count) * tile.splits
+    programs = [each * pl.cdiv(size, tile.rows) for size in sizes]
     kernel = functools.partial(moe_jax_linear_rows, programs=programs, tile=tile)
-    operands = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1), x, kernels, biases, residual
+    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    inside = residual if tile.splits == 1 else None
+    outputs = [((count, size), dtype) for size in sizes]
+    if tile.splits > 1:
+        outputs = [((tile.splits, count, size), jnp.float32) for size in sizes]
     call = functools.partial(call_triton, kernel, "moe_jax_linear_rows", sum(programs), outputs, tile.warps, interpret)
-    return call(operands, stages=tile.stages) + [x] * normed
+    products = call((index.reshape(1), x, kernels, biases, inside), stages=tile.stages)
+    if tile.splits > 1:
+        products = [parts.sum(0).astype(dtype) for parts in products]
+        products = products if residual is None else [products[0] + residual]
+    return products + [x] * normed
 
 
 interpreted = functools.partial(linear, interpret=True)
 
 
 def moe_jax_linear_rows(layer_ref, x_ref, kernels, biases, residual, *outs, programs, tile):
-    """One program: `tile.rows` outputs of one of the kernels, for all rows of x."""
+    """One program: `tile.rows` outputs of one of the kernels, for `tile.tokens` rows of x and a part of the inputs."""
     layer, count, program = layer_ref[0], x_ref.shape[0], pl.program_id(0)
-    token = lax.iota(jnp.int32, max(LEAST, pl.next_power_of_2(count)))
+    tokens = min(tile.tokens or count, count)
     first = 0
     for i, kernel in enumerate(kernels):
 
         @pl.when((program >= first) & (program < first + programs[i]))
         def _(first=first, kernel=kernel, bias=biases[i] if biases else None, out=outs[i]):
-            size = kernel.shape[1]
-            target = (program - first) * tile.rows + lax.iota(jnp.int32, tile.rows)
+            size, (rest, split) = kernel.shape[1], _divided(program - first, tile.splits)
+            strip, block = _divided(rest, pl.cdiv(count, tokens))
+            token = block * tokens + lax.iota(jnp.int32, max(LEAST, pl.next_power_of_2(tokens)))
+            there = token < (count if tokens == count else jnp.minimum(count, (block + 1) * tokens))
+            target = strip * tile.rows + lax.iota(jnp.int32, tile.rows)
             row = jnp.minimum(target, size - 1)
-            y = _product(x_ref, kernel, layer, token, row, tile)
+            y = _product(x_ref, kernel, layer, _Part(token, there, row, split, program), tile)
             at = jnp.broadcast_to(token[:, None], y.shape), jnp.broadcast_to(target[None, :], y.shape)
-            mask = (token < count)[:, None] & (target < size)[None, :]
+            mask = there[:, None] & (target < size)[None, :]
             if bias is not None:
-                y += pltriton.load(bias.at[jnp.full(row.shape, layer, jnp.int32), row]).astype(jnp.float32)[None, :]
+                once = {} if tile.splits == 1 else dict(mask=jnp.full(row.shape, split == 0), other=0.0)
+                one = pltriton.load(bias.at[jnp.full(row.shape, layer, jnp.int32), row], **once)
+                y += one.astype(jnp.float32)[None, :]
             if residual is not None:
                 y = y.astype(out.dtype).astype(jnp.float32)
                 y += pltriton.load(residual.at[at], mask=mask, other=0.0).astype(jnp.float32)
+            if tile.splits > 1:
+                at = jnp.full(y.shape, split, jnp.int32), *at
             pltriton.store(out.at[at], y.astype(out.dtype), mask=mask)
 
         first += programs[i]
 
 
-def _product(x_ref, kernel, layer, token, row, tile):
+def _divided(n, by):
+    """Quotient and remainder; by 1 without any operation."""
+    return (n, 0) if by == 1 else (lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by)))
+
+
+class _Part(NamedTuple):
+    """What a program computes: rows of x and which of them there are, rows of a kernel, which part of the inputs."""
+
+    token: jax.Array
+    there: jax.Array
+    row: jax.Array
+    split: Any
+    program: Any
+
+
+def _product(x_ref, kernel, layer, part, tile):
     """`[tokens, rows]` in float32."""
     values = kernel.values if is_quantized(kernel) else kernel
     width, (scales, group) = values.shape[-1], stored.scales_of(kernel)
     depth = min(tile.depth, pl.next_power_of_2(width), group if 0 < group < width else tile.depth)
+    turns = pl.cdiv(width, depth * tile.splits)
+    spread = lambda scale: scale[:, None] if tile.left else scale[None, :]
 
-    def load(ref, lead, rows, column, masks):
-        shape = rows.shape[0], column.shape[0]
-        at = [jnp.broadcast_to(i, shape) for i in (*lead, rows[:, None], column[None, :])]
-        masks = [jnp.broadcast_to(mask, shape) for mask in masks]
-        return pltriton.load(
-            ref.at[tuple(at)], **(dict(mask=functools.reduce(jnp.logical_and, masks), other=0) if masks else {})
-        )
+    def scale_of(block):
+        at = jnp.full(part.row.shape, layer, jnp.int32), part.row, jnp.full(part.row.shape, block, jnp.int32)
+        return spread(pltriton.load(scales.at[at]))
 
     def step(i, total):
-        column = i * depth + lax.iota(jnp.int32, depth)
-        inside = [(column < width)[None, :]] if width % depth else []
-        x = load(x_ref, (), token, column, [(token < x_ref.shape[0])[:, None], *inside])
-        w = load(values, (layer,), row, column, inside)
-        part = pltriton.dot(x, w.astype(x.dtype).T)
+        i = lax.rem(i + part.program, jnp.int32(turns)) if tile.turned else i
+        first = (part.split * turns + i) * depth
+        column = first + lax.iota(jnp.int32, depth)
+        inside = [(column < width)[None, :]] if width % (depth * tile.splits) else []
+        x = _load(x_ref, (), part.token, column, [part.there[:, None], *inside])
+        w = _load(values, (layer,), part.row, column, inside).astype(x.dtype)
+        product = pltriton.dot(w, x.T) if tile.left else pltriton.dot(x, w.T)
         if 0 < group < width:
-            block = lax.div(i * depth, jnp.int32(group))
-            part *= pltriton.load(
-                scales.at[
-                    tuple(jnp.full(row.shape, a, jnp.int32) for a in (layer,)) + (row, jnp.full(row.shape, block))
-                ]
-            )[None, :]
-        return total + part
+            product *= scale_of(jnp.minimum(lax.div(first, jnp.int32(group)), scales.shape[2] - 1))
+        return total + product
 
-    total = lax.fori_loop(
-        jnp.int32(0), jnp.int32(pl.cdiv(width, depth)), step, jnp.zeros((token.shape[0], row.shape[0]), jnp.float32)
-    )
+    shape = part.token.shape[0], part.row.shape[0]
+    zeros = jnp.zeros(shape[::-1] if tile.left else shape, jnp.float32)
+    total = lax.fori_loop(jnp.int32(0), jnp.int32(turns), step, zeros)
     if group == width:
-        total *= pltriton.load(scales.at[jnp.full(row.shape, layer, jnp.int32), row, jnp.zeros_like(row)])[None, :]
-    return total
+        total *= scale_of(0)
+    return total.T if tile.left else total
+
+
+def _load(ref, lead, rows, column, masks):
+    """`ref[*lead, rows, column]`, `[rows, columns]`, 0 where a mask is false."""
+    shape = rows.shape[0], column.shape[0]
+    at = [jnp.broadcast_to(i, shape) for i in (*lead, rows[:, None], column[None, :])]
+    mask = functools.reduce(jnp.logical_and, [jnp.broadcast_to(mask, shape) for mask in masks]) if masks else None
+    return pltriton.load(ref.at[tuple(at)], **({} if mask is None else dict(mask=mask, other=0)))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..quantized import dense
+from .norms import LayerNorm
 
 
 def linear(x, kernels, layer, norm, biases, residual, dtype, return_normed):
@@ -39,7 +40,10 @@ def product(x, kernel, dtype=None):
 
 
 def normed(x, norm):
-    """RMSNorm over the last axis of `x`, computed in float32, in x's dtype."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm.epsilon)
-    return (wide * _take(norm.scale, norm.layer).astype(jnp.float32)).astype(x.dtype)
+    """The norm over the last axis of `x`, computed in float32, in x's dtype."""
+    wide, own = x.astype(jnp.float32), lambda part: _take(part, norm.layer).astype(jnp.float32)
+    centred = isinstance(norm, LayerNorm)
+    if centred:
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + norm.epsilon) * own(norm.scale)
+    return (wide + own(norm.bias) if centred else wide).astype(x.dtype)

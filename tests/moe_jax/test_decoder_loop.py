@@ -91,6 +91,7 @@ def test_reading_a_program_finds_copies():
         ("mixtral", {"intermediate_size": 88}),
         ("deepseek_v3", {"moe_intermediate_size": 88, "n_shared_experts": 2, "intermediate_size": 40}),
         ("qwen2_moe", {"moe_intermediate_size": 88, "decoder_sparse_step": 2, "intermediate_size": 40}),
+        ("deepspeed_moe", {"mlp_type": "standard", "num_experts": 4, "hidden_size": 64, "intermediate_size": 88}),
     ],
 )
 def test_compiled_decode_step_never_moves_experts(name, changes):

@@ -166,9 +166,9 @@ def reference(uniform, weights, counts, ids):
     """The uniform model, layer by layer, each with a gate over its first `count` experts only."""
     layer, choose = iter(counts), block.choose
 
-    def limited(config, own, rows, forced, real):
+    def limited(config, own, rows, forced, real, axes):
         count = next(layer)
-        logits, ids, gates = choose(config, {"router": own["router"][:count]}, rows, forced, real)
+        logits, ids, gates = choose(config, {"router": own["router"][:count]}, rows, forced, real, axes)
         return jnp.pad(logits, ((0, 0), (0, own["router"].shape[0] - count))), ids, gates
 
     with pytest.MonkeyPatch.context() as patch:

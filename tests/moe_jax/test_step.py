@@ -24,18 +24,27 @@ ROWS, COLUMNS = 3, 24
 LENGTHS = jnp.array([0, 5, 22], jnp.int32)
 #: What keeps a family's layers out of `step`.
 OTHERS = {
-    "deepspeed_moe": "layer norms and ALiBi",
+    "deepspeed_moe": "residual experts and a pyramid",
     "flex_olmo": "norms behind the sublayers",
     "granitemoe": "scaled residuals",
     "hunyuan_v1_moe": "norms after the rotation",
     "llama4": "temperatures",
-    "phimoe": "layer norms",
 }
+DEEPSPEED = dict(mlp_type="standard", num_experts=[0, 4, 0, 4], min_capacity=1)
 #: Families as they are and with what their tiny configs leave out.
 CALLS = {name: (name, {}) for name in TINY if name not in OTHERS} | {
     "windows by turns, sinks": ("gpt_oss", dict(num_hidden_layers=4, sliding_window=4)),
     "the same window everywhere": ("mixtral", dict(sliding_window=4)),
     "dense and MoE by turns": ("qwen2_moe", dict(decoder_sparse_step=2, num_hidden_layers=4)),
+    "DeepSpeed's first choice, learned positions": ("deepspeed_moe", DEEPSPEED),
+    "DeepSpeed's two choices, turned by pairs": (
+        "deepspeed_moe",
+        DEEPSPEED | dict(num_experts_per_tok=2, position_embedding_type="rope", rotate_half=False),
+    ),
+    "DeepSpeed's three choices, none dropped": (
+        "deepspeed_moe",
+        dict(mlp_type="standard", num_experts=8, num_experts_per_tok=3, drop_tokens=False),
+    ),
     "dense layers first": ("glm4_moe", dict(num_hidden_layers=4, first_k_dense_replace=2)),
 }
 
@@ -63,11 +72,11 @@ def one_token(architecture, weights, ids, entries, real, forced):
     return decoder.decode(architecture, weights, ids, span, cache, request, True, LENGTHS)
 
 
-def both(architecture, weights, monkeypatch, real=None, forced=None):
+def both(architecture, weights, monkeypatch, real=None, forced=None, dtype=jnp.float32):
     """What `step` makes of a token and what `block` does."""
     rng = np.random.default_rng(5)
-    cache = make_cache(architecture, ROWS, COLUMNS, jnp.float32).entries
-    cache = {name: rng.standard_normal(stack.shape).astype(np.float32) for name, stack in cache.items()}
+    cache = make_cache(architecture, ROWS, COLUMNS, dtype).entries
+    cache = {name: rng.standard_normal(stack.shape).astype(dtype) for name, stack in cache.items()}
     ids = rng.integers(0, architecture.vocab_size, (ROWS, 1)).astype(np.int32)
     found, used = [], []
     for plain in (plain_enough, lambda *given: False):
@@ -83,19 +92,21 @@ def both(architecture, weights, monkeypatch, real=None, forced=None):
     return found
 
 
-def assert_equal(got, want):
+def assert_equal(got, want, rtol=1e-5):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for one, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         if np.issubdtype(one.dtype, np.integer):
             np.testing.assert_array_equal(one, other)
         else:
+            one, other = np.float32(one), np.float32(other)
             finite = np.isfinite(other)  # a pyramid's logits may not be
-            assert finite.any() and np.abs(np.where(finite, one - other, 0)).max() <= 1e-5 * np.abs(other[finite]).max()
+            assert finite.any() and np.abs(np.where(finite, one - other, 0)).max() <= rtol * np.abs(other[finite]).max()
 
 
-#: Dense layers, shared experts and their gate; one norm of all heads, partial rotation, sigmoids.
-QUICK = ["dense and MoE by turns", "minimax_m2"]
+#: Dense layers, shared experts and their gate; one norm of all heads, partial rotation, sigmoids; LayerNorm, capacity.
+QUICK = ["dense and MoE by turns", "minimax_m2", "DeepSpeed's two choices, turned by pairs"]
+LAYER_NORMS = [name for name, (family, _) in CALLS.items() if family in ("deepspeed_moe", "phimoe")]
 
 
 @pytest.mark.parametrize("name", only(QUICK, CALLS))
@@ -103,6 +114,14 @@ def test_step_is_block(name, monkeypatch):
     family, changes = CALLS[name]
     architecture = build(family, **changes).architecture
     assert_equal(*both(architecture, draw(architecture), monkeypatch))
+
+
+@pytest.mark.parametrize("name", only(["DeepSpeed's first choice, learned positions"], LAYER_NORMS))
+def test_in_bfloat16(name, monkeypatch):
+    family, changes = CALLS[name]
+    architecture = build(family, **changes).architecture
+    weights = jax.tree.map(lambda a: a.astype(jnp.bfloat16), draw(architecture))
+    assert_equal(*both(architecture, weights, monkeypatch, dtype=jnp.bfloat16), rtol=2e-2)
 
 
 @pytest.mark.slow
@@ -132,6 +151,13 @@ def test_rows_that_have_ended_and_forced_choices(monkeypatch):
     assert (ids[:, 2] == -1).all() and (np.sort(ids[:, 0]) == np.sort(forced[:, 0, 0])).all()
 
 
+def test_rows_that_have_ended_take_no_place_of_deepspeeds_gate(monkeypatch):
+    architecture = build("deepspeed_moe", **DEEPSPEED | dict(num_experts=4, num_hidden_layers=2)).architecture
+    got, want = both(architecture, draw(architecture), monkeypatch, np.array([[True], [False], [True]]))
+    assert_equal(got, want)
+    assert (np.asarray(got[2].choices.ids)[:, 1] == -1).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["gpt_oss", "qwen3_moe"])
 def test_generation_is_the_same(case, monkeypatch):
@@ -143,10 +169,10 @@ def test_generation_is_the_same(case, monkeypatch):
     def run(plain):
         logits, sample = [], engine.sample
 
-        def reporting(sampler, row, key, seen=None):
+        def reporting(sampler, row, *rest):
             # not `ordered`, which JAX does not lower where the loop over layers depends on the platform
             jax.debug.callback(lambda row: logits.append(np.asarray(row)), row)
-            return sample(sampler, row, key, seen)
+            return sample(sampler, row, *rest)
 
         engine.prefill.clear_cache()
         engine.decode.clear_cache()
@@ -202,7 +228,6 @@ PLAIN = build("qwen2_moe").architecture.block
         dict(block=dict(residual_scale=0.5)),
         dict(block=dict(skip_attention=False)),
         dict(block=dict(mix="experts_first", shared_gate=False)),
-        dict(norm=dict(kind="layer")),
         dict(norm=dict(place="post")),
         dict(norm=dict(place="last")),
         dict(attention=dict(alibi=True)),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from expert_oracle import error
 
-from pallas_kernels.linear import RMSNorm, linear
+from pallas_kernels.linear import LayerNorm, RMSNorm, linear
 from pallas_kernels.linear.api import OPERATION
 from pallas_kernels.quantized import QuantizedArray, quantize, quantize_runs
 
@@ -35,6 +35,10 @@ CASES = {
     "64 rows": (64, 64, [16, 3], dict()),
     "int8, five rows": (5, 160, [70, 1], dict(norm=True, store="row", stacked=True, biases=(0, 1))),
     "int8 in groups, 33 rows": (33, 96, [35], dict(store=32, residual=True, stacked=True)),
+    "layer norm": (1, 160, [50, 24, 10], dict(norm="layer", biases=(1, 0, 1), normed=True, stacked=True)),
+    "layer norm of more than is read at once": (1, 2880, [20], dict(norm="layer", normed=True, dtype=np.float16)),
+    "layer norm, int8": (1, 96, [35], dict(norm="layer", store=32, stacked=True)),
+    "layer norm, five rows": (5, 96, [61], dict(norm="layer", normed=True, stacked=True, out=np.float32)),
     "int8 in groups of 128, two rows": (2, 640, [35, 18], dict(store=128, dtype=np.float16, out=np.float32)),
 }
 
@@ -58,10 +62,11 @@ def make(rows, width, sizes, options, seed=3):
 
     kernels = [int8(size) if store else draw(size, width) for size in sizes]
     layer = np.array(1, np.int32) if stacked else None
-    norm = RMSNorm(draw(width), EPSILON, layer) if options.get("norm") else None
-    have = options.get("biases")
+    centred, norm, have = options.get("norm") == "layer", None, options.get("biases")
+    if options.get("norm"):
+        norm = LayerNorm(draw(width), draw(width), EPSILON, layer) if centred else RMSNorm(draw(width), EPSILON, layer)
     return dict(
-        x=(rng.standard_normal((rows, width)) * np.linspace(0.3, 2, rows)[:, None]).astype(dtype),
+        x=(rng.standard_normal((rows, width)) * np.linspace(0.3, 2, rows)[:, None] + 2 * centred).astype(dtype),
         kernels=kernels,
         layer=layer,
         norm=norm,
@@ -91,8 +96,10 @@ def oracle(x, kernels, layer, norm, biases, residual, dtype, normed, narrow=None
 
     x = np.asarray(x).astype(wide)
     if norm is not None:
+        centred = isinstance(norm, LayerNorm)
+        x = x - np.mean(x, axis=1, keepdims=True) if centred else x
         share = 1 / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + wide(norm.epsilon))
-        x = rounded(x * share * own(norm.scale))
+        x = rounded(x * share * own(norm.scale) + (own(norm.bias) if centred else wide(0)))
     found = []
     for i, kernel in enumerate(kernels):
         y = rounded(x @ matrix(kernel).T, dtype or narrow)
@@ -249,6 +256,9 @@ def test_bytes_that_triton_cannot_reach_are_refused(size):
         (dict(norm=RMSNorm(np.ones(32), 0.0)), r"norm: scale of shape \(32,\) for x of \(3, 64\)"),
         (dict(norm=RMSNorm(np.ones((2, 64)), 0.0)), r"norm: scale of shape \(2, 64\)"),
         (dict(norm=RMSNorm(np.ones(64), 0.0, 1)), r"norm: scale of shape \(64,\) for x of \(3, 64\), layer 1"),
+        (dict(norm=LayerNorm(np.ones(64), np.ones(32), 0.0)), r"norm: bias of shape \(32,\) for x of \(3, 64\)"),
+        (dict(norm=LayerNorm(np.ones((2, 64)), np.ones((3, 64)), 0.0, 1)), r"norm: bias of shape \(3, 64\)"),
+        (dict(norm=LayerNorm(np.ones((2, 64)), np.ones((2, 64)), 0.0, 2)), "layer: 2 of 2 layers"),
         (dict(residual=np.ones((3, 64), BFLOAT16)), r"residual: shape \(3, 64\) beside kernels \[\(8, 64\)\]"),
         (dict(kernels=[np.ones((8, 64), BFLOAT16)] * 2, residual=np.ones((3, 8), BFLOAT16)), r"residual: .* \(8, 64\)"),
         (dict(implementation="triton"), "'triton' is no implementation of linear; there are: triton_row, triton_rows"),

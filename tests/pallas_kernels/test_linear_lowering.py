@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from cuda import lowered, mesh_of
 
-from pallas_kernels.linear import RMSNorm, linear
+from pallas_kernels.linear import LayerNorm, RMSNorm, linear
 from pallas_kernels.linear.api import OPERATION
 from pallas_kernels.quantized import quantize
 
@@ -21,6 +21,8 @@ MODELS = {
     "qwen3 o": (48, 4096, (2048,), dict(residual=True)),
     "qwen3 router": (48, 2048, (128,), dict(norm=True, normed=True, dtype=jnp.float32)),
     "olmoe q, k, v": (16, 2048, (2048, 2048, 2048), dict(norm=True)),
+    "layer norm, q, k, v": (24, 2048, (2048, 2048, 2048), dict(norm="layer", biased=True)),
+    "layer norm, router": (12, 2048, (128,), dict(norm="layer", normed=True, dtype=jnp.float32)),
     "gpt-oss q, k, v": (24, 2880, (4096, 512, 512), dict(norm=True, biased=True)),
     "gpt-oss o": (24, 4096, (2880,), dict(residual=True, biased=True)),
     "gpt-oss router": (24, 2880, (32,), dict(norm=True, normed=True, biased=True, dtype=jnp.float32)),
@@ -44,11 +46,14 @@ def operands(rows, layers, width, sizes, norm=False, biased=False, residual=Fals
         int8 = lambda kernel: quantize(jnp.ones(kernel.shape, kernel.dtype), stored["group"])
         kernels = [jax.eval_shape(int8, kernel) for kernel in kernels]
     layer = array(dtype=jnp.int32)
+    if norm:
+        parts = [array(layers, width)] * (2 if norm == "layer" else 1)
+        norm = (LayerNorm if norm == "layer" else RMSNorm)(*parts, 1e-6, layer)
     return dict(
         x=array(rows, width),
         kernels=kernels,
         layer=layer,
-        norm=RMSNorm(array(layers, width), 1e-6, layer) if norm else None,
+        norm=norm or None,
         biases=[array(layers, size) for size in sizes] if biased else None,
         residual=array(rows, sizes[0]) if residual else None,
     ), dict(dtype=dtype, normed=normed)
@@ -65,7 +70,7 @@ def held(program):
     return {name for name in (ROW, ROWS) if name in program}
 
 
-QUICK = "qwen3 q, k, v", "olmoe q, k, v", "gpt-oss q, k, v", "gpt-oss router", "deepseek down in groups"
+QUICK = "layer norm, router", "qwen3 q, k, v", "gpt-oss q, k, v", "gpt-oss router", "deepseek down in groups"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""Ways to cut a product of a few rows: the numbers are the same whichever is taken."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from test_linear import CASES, assert_standard, make
+
+from pallas_kernels.linear import triton_rows
+from pallas_kernels.linear.triton_rows import Tile
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+TILES = {
+    "strips of 64": Tile(rows=64, depth=32, stages=6),
+    "parts of the inputs": Tile(depth=64, splits=3),
+    "more parts than inputs": Tile(depth=128, splits=8),
+    "rows of x apart": Tile(depth=64, tokens=16),
+    "an odd number of rows of x": Tile(depth=64, tokens=5, splits=2),
+    "by turns": Tile(depth=32, turned=True, splits=2),
+    "the kernel on the left": Tile(rows=32, depth=64, left=True, splits=2),
+}
+QUICK = "q, k and v", "two rows", "int8 in groups, 33 rows"
+#: More rows than a block has, several kernels with and without bias, scales of groups and of rows, a residual.
+SUITE = [*QUICK, "33 rows", "int8, five rows", "layer norm, five rows", "an output"]
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "normed", "tile"))
+def run(x, kernels, layer, norm, biases, residual, dtype, normed, tile):
+    return triton_rows.interpreted(x, kernels, layer, norm, biases, residual, dtype, normed, tile=tile)
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in SUITE])
+@pytest.mark.parametrize("tile", TILES)
+def test_values(tile, case):
+    call = make(*CASES[case])
+    assert_standard(run(**call, tile=TILES[tile]), call)
+
+
+@pytest.mark.parametrize("tile", ["parts of the inputs", "an odd number of rows of x", "the kernel on the left"])
+def test_a_poisoned_row_stays_alone(tile):
+    call = make(7, 160, [24], dict(norm=True, residual=True, biases=(1,), stacked=True))
+    clean = run(**call, tile=TILES[tile])[0]
+    call["x"][2, 7] = call["biases"][0][1, 5] = np.nan
+    got = np.asarray(run(**call, tile=TILES[tile])[0])
+    at = np.isnan(got.astype(np.float32))
+    assert at[2].all() and at[:, 5].all() and at.sum() == 24 + 6
+    np.testing.assert_array_equal(got[~at], np.asarray(clean)[~at])
