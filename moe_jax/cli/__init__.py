@@ -9,7 +9,7 @@ import jax
 
 from .. import __version__
 from ..demo import cache_folder
-from . import bench, chat, convert, generate, info, score
+from . import bench, chat, convert, generate, info, plan, score
 
 _COMMANDS = {
     "generate": (generate, "continue a prompt"),
@@ -18,6 +18,7 @@ _COMMANDS = {
     "info": (info, "what a checkpoint or config holds"),
     "convert": (convert, "write a model as a Hugging Face folder, upcycled on request"),
     "bench": (bench, "measure speed"),
+    "plan": (plan, "what a model needs on many devices, which need not be there"),
 }
 
 

@@ -1,0 +1,53 @@
+"""What the programs send between devices, by formula: for meshes that are not worth compiling for."""
+
+import jax.numpy as jnp
+
+from ..exchange import all_to_all, chosen
+from ..sharding import Sharding
+from ..weights import parameters
+from .collectives import Collective, mesh_group
+from .costs import Passes, passes
+from .programs import Job, Stage
+
+
+def expected(job: Job, sharding: Sharding, stage: Stage) -> list[Collective]:
+    """What a stage sends, without what may not run, what routers with capacity and norms over all heads add up."""
+    architecture, run, axes = job.config.architecture, passes(job, sharding, stage), sharding.axes
+    stream = run.tokens * architecture.block.width * jnp.dtype(job.dtype).itemsize
+    table, name = parameters(architecture), "embedding" if architecture.tied else "head.kernel"
+    words = sharding.shares(architecture)[name].stored_shape(table[name].shape)[0]
+    layers = run.count * len(architecture.layers)
+    found = [
+        _along(sharding, axes.vocab, "all-reduce", stream, run.count),  # the embedding's rows
+        _along(sharding, axes.heads, "all-reduce", stream, layers),
+        _along(sharding, axes.hidden, "all-reduce", stream, layers),
+        _along(sharding, axes.vocab, "all-gather", job.rows(sharding) * words * 4, 1),  # float32 logits
+    ]
+    for kind, nbytes, times in _exchange(job, sharding, run) if architecture.moe_layers else []:
+        times *= run.count * len(architecture.moe_layers)
+        found.append(_along(sharding, axes.experts, kind, nbytes, times))
+    return [one for one in found if len(one.devices) > 1]
+
+
+def _along(sharding: Sharding, axes: tuple[str, ...], kind: str, nbytes: int, times: int) -> Collective:
+    return Collective(kind, nbytes, mesh_group(sharding.sizes, axes), times)
+
+
+def _exchange(job: Job, sharding: Sharding, run: Passes) -> list[tuple[str, int, int]]:
+    """Kind, bytes that arrive, and number of what one layer's exchange between experts sends."""
+    block, tokens = job.config.architecture.block, run.tokens
+    ranks, choices = len(mesh_group(sharding.sizes, sharding.axes.experts)), block.router.top_k
+    row, both = block.width * jnp.dtype(job.dtype).itemsize, 2 * choices * 4  # ids and weights
+    name = job.exchange or chosen(tokens, choices, ranks)
+    if name == "replicated":
+        every = ranks * tokens
+        return [("all-gather", every * row, 1), ("all-gather", every * both, 1), ("reduce-scatter", tokens * row, 1)]
+    if name == "ring":
+        return [("collective-permute", tokens * row, 2 * ranks), ("collective-permute", tokens * both, ranks)]
+    if name == "ragged_all_to_all":
+        most = min(ranks, choices) * tokens
+        counts = ("all-gather", ranks * ranks * 4, 1)
+        return [counts, ("ragged-all-to-all", most * row, 2), ("ragged-all-to-all", most * both, 1)]
+    size = all_to_all.room(tokens, choices, ranks)
+    overflow = [] if size >= tokens else [("all-reduce", 4, 1)]
+    return [("all-to-all", ranks * size * row, 2), ("all-to-all", ranks * size * both, 1), *overflow]
