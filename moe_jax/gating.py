@@ -2,7 +2,7 @@
 
 A gate ranks the choices that meet in an expert and keeps the best `capacity` of them. The three gates differ in that
 ranking, in whether the kept weights are renormalised and in what is sampled; all of it is data, a `GateRule`. Nothing
-here has the size `[G, E, C]`: ranks come from sorting the `G * A` choices. Everything is float32.
+here has the size `[G, E, C]`: choices are ranked among the `G * A`. Everything is float32.
 
 A token without a softmax (a logit is NaN or plus infinity, or all are minus infinity) takes the experts 0 to k-1 with
 NaN weights, ranks behind every other token and sits in the slots behind theirs: no other token has another result for
@@ -121,6 +121,7 @@ def gate(
     used: AnyArray | None = None,
     key: AnyArray | None = None,
     count_unused: bool = False,
+    forced: Int[AnyArray, "G A"] | None = None,
 ) -> Routing:
     """Any gate on logits `[G, E]`; under `jit`, `rule` and `count_unused` are static.
 
@@ -128,6 +129,8 @@ def gate(
     capacity and the losses either, so that padding changes nothing for the others: `Routing.capacity`, which shapes
     depend on, is then that of all `G` tokens, and choices beyond the used tokens' own capacity are not kept.
     `count_unused` counts them in the capacity and in the losses' means. `key`: a random key where the rule samples.
+    `forced`: different experts that a token takes, in any order, as if they were its best; -1 leaves a choice to the
+    gate. They are weighed by their logits, and dropped as the rule says.
 
     Returns a `Routing`; a dropped choice has its expert's id, weight 0 and a position of `capacity` or more. Raises
     `ValueError` for shapes and dtypes, for more experts per token than there are, and for a missing key.
@@ -150,7 +153,7 @@ def gate(
             limit = jnp.asarray(gate_capacity(rule, np.arange(tokens + 1), num))[counted.sum()]
     # The capacity has done its part: without it in the rule one program serves them all.
     ranking = dataclasses.replace(rule, capacity_factor=1.0, min_capacity=0)
-    routing = _run(ranking, given, taking, counted, _keys(rule, key), limit)
+    routing = _run(ranking, given, taking, counted, _keys(rule, key), limit, forced)
     if capacity is None:
         return routing
     position = jnp.where(routing.keep, routing.position, capacity + routing.position)
@@ -158,14 +161,14 @@ def gate(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(rule, logits, taking, counted, keys, limit) -> Routing:
+def _run(rule, logits, taking, counted, keys, limit, forced) -> Routing:
     """All but the capacity; positions of dropped choices count from 0."""
     # Whatever stands in padding, its gradient must be 0 and not 0 * NaN.
     logits = jnp.where(counted[:, None], logits, 0)
     chances = jax.nn.softmax(logits, axis=-1)
-    broken = jnp.isnan(chances).any(-1)
+    broken = jnp.isnan(chances[:, 0])  # a softmax is NaN as a whole or nowhere
     choosing = jnp.where(broken[:, None], 0, logits)
-    ids = _choose(rule, choosing, keys[0])
+    ids = _choose(rule, choosing, keys[0], forced)
     weights = jnp.take_along_axis(chances, ids, axis=-1)
     score = _score(rule, jnp.take_along_axis(choosing, ids, axis=-1), weights, keys[1])
     ids = jnp.where(taking[:, None], ids, -1)
@@ -206,18 +209,34 @@ def _keys(rule, key):
     return (None, None) if key is None else jax.random.split(key)
 
 
-def _choose(rule, logits, key) -> Int[Array, "G A"]:
+def _choose(rule, logits, key, forced) -> Int[Array, "G A"]:
     """The experts of each token, best first; logits without NaN."""
+    if forced is None:
+        return _own_choice(rule, logits, key)
+    asked = (forced[:, :, None] == jnp.arange(logits.shape[1])).any(1)
+    ids = _own_choice(rule, jnp.where(asked, jnp.inf, logits), key)
+    if rule.k == 1:
+        return ids
+    _, order = jax.lax.top_k(jnp.take_along_axis(logits, ids, axis=-1), rule.k)
+    return jnp.take_along_axis(ids, order, axis=-1)
+
+
+def _own_choice(rule, logits, key) -> Int[Array, "G A"]:
     if rule.noise is None:
-        return jax.lax.top_k(logits, rule.k)[1]
+        return _best(logits, rule.k)
     noisy = logits + jax.random.gumbel(key, logits.shape, jnp.float32)
     if rule.noise == "all":
-        return jax.lax.top_k(noisy, rule.k)[1]
-    first = jax.lax.top_k(logits, 1)[1]
+        return _best(noisy, rule.k)
+    first = _best(logits, 1)
     # Even an expert with logit -inf is another one than the first.
     others = jnp.maximum(noisy, jnp.finfo(jnp.float32).min)
     others = jnp.where(jnp.arange(logits.shape[1]) == first, -jnp.inf, others)
-    return jnp.concatenate([first, jax.lax.top_k(others, 1)[1]], axis=-1)
+    return jnp.concatenate([first, _best(others, 1)], axis=-1)
+
+
+def _best(scores, k) -> Int[Array, "G A"]:
+    """The k highest, the first among equals: of one a maximum, which is cheaper than a sort."""
+    return jnp.argmax(scores, axis=-1, keepdims=True).astype(jnp.int32) if k == 1 else jax.lax.top_k(scores, k)[1]
 
 
 def _score(rule, logits, chances, key) -> Float[Array, "G A"] | None:

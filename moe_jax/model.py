@@ -223,8 +223,6 @@ def forced_ids(architecture: Architecture, routing: Any, shape: tuple[int, int])
     """Forced choices as int32 `[Lm, B, T, A]`, or None."""
     if routing is None:
         return None
-    if architecture.block.router and architecture.block.router.rule:
-        raise ValueError("routing: choices cannot be forced on DeepSpeed's gates, which drop by capacity")
     routing = getattr(routing, "expert_ids", routing)
     router, count = architecture.block.router, len(architecture.moe_layers)
     if not count and not len(routing):

@@ -48,8 +48,8 @@ def choose_by(
 ) -> tuple[Int[Array, "G A"], Float[Array, "G A"]]:
     """The gate behind its logits: chosen ids and their weights, see `choose`."""
     if config.rule is not None:
-        real = None if real is None else gathered(real, axes, 0)
-        routing = gate(gathered(logits, axes, 0), config.rule, real)
+        real, forced = (None if a is None else gathered(a, axes, 0) for a in (real, forced))
+        routing = gate(gathered(logits, axes, 0), config.rule, real, forced=forced)
         ids = jnp.where(routing.keep, routing.ids, -1)
         return own_part(ids, axes, 0), own_part(routing.weights, axes, 0)
     ids, gates, _ = pallas_kernels.route(

@@ -164,7 +164,7 @@ def gate_capacity(rule: GateRule, tokens: Any, num_experts: int) -> Any:
 def rank_within(
     bucket: Int[AnyArray, " R"], buckets: int, key: AnyArray | None = None
 ) -> tuple[Int[Array, " R"], Int[Array, " buckets"]]:
-    """Each row's rank among the rows of its bucket, and the buckets' sizes, from one stable sort.
+    """Each row's rank among the rows of its bucket, and the buckets' sizes.
 
     `bucket`: `buckets` itself stands for none and is ranked too, but not counted. `key [R]`: lower ranks first, NaN
     last, equal ones by row; None ranks by row.
@@ -174,11 +174,30 @@ def rank_within(
     ([2, 0, 0, 1], [1, 3])
     """
     keys = (jnp.asarray(bucket),) if key is None else (jnp.asarray(bucket), jnp.asarray(key))
+    if keys[0].size <= _PAIRS:
+        return _compared(*keys, buckets=buckets)
     rows = jnp.arange(keys[0].size, dtype=jnp.int32)
     ordered, *_, order = jax.lax.sort((*keys, rows), num_keys=len(keys), is_stable=True)
     edges = jnp.searchsorted(ordered, jnp.arange(buckets + 1)).astype(jnp.int32)
     rank = jnp.zeros_like(rows).at[order].set(rows - edges[ordered], unique_indices=True)
     return rank, edges[1:] - edges[:-1]
+
+
+#: Rows of which all pairs are compared: a GPU does it in two kernels where a sort and its scatters take a dozen.
+_PAIRS = 1024
+
+
+def _compared(bucket, key=None, *, buckets):
+    """`rank_within` by comparing all pairs of rows."""
+    rows = jnp.arange(bucket.size)
+    ahead = rows[None, :] < rows[:, None]
+    if key is not None:
+        other, own = key[None, :], key[:, None]
+        worst = jnp.isnan(own) if jnp.issubdtype(key.dtype, jnp.floating) else False
+        lower = (other < own) | (worst & (other == other))
+        ahead = lower | (ahead & ((other == own) | (worst & (other != other))))
+    rank = ((bucket[:, None] == bucket[None, :]) & ahead).sum(1, dtype=jnp.int32)
+    return rank, (bucket[None, :] == jnp.arange(buckets)[:, None]).sum(1, dtype=jnp.int32)
 
 
 def losses(

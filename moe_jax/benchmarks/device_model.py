@@ -18,7 +18,7 @@ from ..model import Model
 from .models import find_config, make
 from .table import Row
 from .timing import Ceilings, Timing, in_turns, once
-from .work import active_experts, cache_bytes, prefill_flops, recorded, step_bytes, weights_of
+from .work import active_experts, cache_bytes, prefill_flops, recorded, step_bytes, uniform_routing, weights_of
 
 #: How far below the largest logit, in standard deviations, the first token may be: rounding in other orders.
 _TOLERANCE = 0.2
@@ -29,7 +29,8 @@ class Options:
     """What is measured: `case` "decode" or "prefill" (which is `new` 1), and of what models.
 
     `quantized`: None (as `dtype`), "int8" or "mxfp4"; `layers`: of each model, None for all; `repeats`: calls of which
-    medians are taken; `mesh`: devices to spread models over, None for `device` alone.
+    medians are taken; `mesh`: devices to spread models over, None for `device` alone; `routing`: "uniform" for choices
+    of experts that are given, of which all are as likely, None for those of the random routers.
     """
 
     device: jax.Device
@@ -43,6 +44,7 @@ class Options:
     layers: int | None = None
     repeats: int = 5
     mesh: Mesh | None = None
+    routing: str | None = None
 
     def __post_init__(self):
         if self.case == "decode" and self.new < 2:
@@ -101,17 +103,18 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
     prompt, new = options.prompt, 1 if options.case == "prefill" else options.new
     vocab = model.architecture.vocab_size
     ids = np.random.default_rng(batch).integers(min(2, vocab - 1), vocab, (batch, prompt), dtype=np.int32)
-    call = lambda turn=0: generate(model, ids, max_new_tokens=new, eos_token_id=())
+    routing = uniform_routing(model, batch, prompt + new) if options.routing == "uniform" else None
+    call = lambda turn=0: generate(model, ids, max_new_tokens=new, eos_token_id=(), routing=routing)
     firsts = []
     for _ in range(2):
         jax.clear_caches()
         made, seconds = once(call)
         firsts.append(seconds)
     peak = _peak(options.device)
-    record = recorded(model, ids, new) if model.architecture.moe_layers else None
-    _check(model, ids, made, record)
+    record = recorded(model, ids, new, routing) if model.architecture.moe_layers else None
+    _check(model, ids, made, record, routing)
     whole = in_turns({new: call}, options.repeats)[new]
-    apart = [_phases(model, ids, new) for _ in range(options.repeats)]
+    apart = [_phases(model, ids, new, routing) for _ in range(options.repeats)]
     first, steps = (Timing(samples) for samples in zip(*apart, strict=True))
     active = active_experts(record, new) if new > 1 and record is not None else None
     return Measured(
@@ -130,11 +133,11 @@ def _at(model: Model, batch: int, options: Options, before: int) -> Measured:
     )
 
 
-def _phases(model: Model, ids: np.ndarray, new: int) -> tuple[float, float]:
+def _phases(model: Model, ids: np.ndarray, new: int, routing: Any) -> tuple[float, float]:
     """Seconds of a call of `generate` until its first token stands, and from then on to its last."""
 
     def start():
-        run.append(_Run(model, ids, None, new, ()))
+        run.append(_Run(model, ids, None, new, (), routing=routing))
         run[0].start()
         return run[0].state
 
@@ -146,19 +149,19 @@ def _phases(model: Model, ids: np.ndarray, new: int) -> tuple[float, float]:
     return once(start)[1], once(rest)[1]
 
 
-def _check(model: Model, ids: np.ndarray, made: np.ndarray, record: Generated | None) -> None:
+def _check(model: Model, ids: np.ndarray, made: np.ndarray, record: Generated | None, routing: Any) -> None:
     """`ValueError` unless the first row's first new token has, up to rounding, the largest logit of a plain call.
 
     The plain call takes the recorded experts: a random router's scores lie so close that rounding alone changes some
-    choices, and each change moves the logits by a tenth of their spread or more. DeepSpeed's gates take no choices, and
-    drop by capacity: all rows run then.
+    choices, and each change moves the logits by a tenth of their spread or more. DeepSpeed's gates drop by capacity, so
+    that what was dropped is not to be had from a record: all rows run then, with the same `routing`.
     """
     router = model.architecture.block.router
+    part = lambda rows, layers: None if layers is None else [layer[:rows, : ids.shape[1]] for layer in layers]
     if router is not None and router.rule is not None:
-        out: Any = model(ids, logits_to_keep=1)
+        out: Any = model(ids, routing=part(len(ids), routing), logits_to_keep=1)
     else:
-        routing = None if record is None else [layer[:1, : ids.shape[1]] for layer in record.expert_ids]
-        out = model(ids[:1], routing=routing, logits_to_keep=1)
+        out = model(ids[:1], routing=part(1, record and record.expert_ids), logits_to_keep=1)
     logits = np.asarray(out[0, -1])
     off = float(logits.max() - logits[made[0, ids.shape[1]]]) / float(logits.std())
     if not off <= _TOLERANCE:
@@ -213,7 +216,7 @@ def _row(name: str, options: Options, one: Measured | tuple[int, str], ceilings:
         "device": options.device.platform,
         "dtype": options.dtype + (f", {options.quantized} weights" if options.quantized else ""),
         "model": name if options.layers is None else f"{name}, {options.layers} layers",
-        "shape": f"B={batch} prompt {options.prompt}" + (f" new {options.new}" if decode else "") + _devices(options),
+        "shape": f"B={batch} prompt {options.prompt}" + (f" new {options.new}" if decode else "") + _how(options),
     }
     if isinstance(one, tuple):
         return Row(**about, note=one[1])
@@ -230,12 +233,13 @@ def _row(name: str, options: Options, one: Measured | tuple[int, str], ceilings:
     )
 
 
-def _devices(options: Options) -> str:
-    """Over how many devices, " on 2 (expert)"; "" for one."""
-    if options.mesh is None:
-        return ""
-    long = [f"{name} {size}" for name, size in options.mesh.shape.items() if size > 1]
-    return f" on {options.mesh.size} ({', '.join(long)})"
+def _how(options: Options) -> str:
+    """Over how many devices, " on 2 (expert)", and whose choices of experts; "" for one device and the routers'."""
+    text = ""
+    if options.mesh is not None:
+        long = [f"{name} {size}" for name, size in options.mesh.shape.items() if size > 1]
+        text = f" on {options.mesh.size} ({', '.join(long)})"
+    return text + (f", {options.routing} routing" if options.routing else "")
 
 
 def _values(one: Measured, tokens: int, rate: float | None) -> dict[str, float]:

@@ -102,14 +102,25 @@ def _seen(layer: LayerConfig, positions: np.ndarray) -> np.ndarray:
     return seen if layer.window is None else np.minimum(seen, layer.window)
 
 
-def recorded(model: Model, ids: np.ndarray, new: int) -> Generated:
-    """`new` tokens behind `ids` with the experts that ran."""
-    made: Any = generate(model, ids, max_new_tokens=new, eos_token_id=(), return_record=True)
+def recorded(model: Model, ids: np.ndarray, new: int, routing: Any = None) -> Generated:
+    """`new` tokens behind `ids` with the experts that ran; `routing`: see `generate`."""
+    made: Any = generate(model, ids, max_new_tokens=new, eos_token_id=(), return_record=True, routing=routing)
     return made
+
+
+def uniform_routing(model: Model, rows: int, columns: int) -> list[np.ndarray]:
+    """Experts `[rows, columns, A]` for each MoE layer, seeded, every choice as likely as any other."""
+    architecture, rng = model.architecture, np.random.default_rng(0)
+    router = architecture.block.router
+    if router is None:
+        raise ValueError("routing: uniform, but the model has no experts")
+    draw = lambda experts: rng.random((rows, columns, experts), np.float32).argpartition(router.top_k - 1)
+    return [draw(experts)[..., : router.top_k] for experts in architecture.expert_counts]
 
 
 def active_experts(made: Generated, new: int) -> float:
     """Mean over the decode steps of a record of the experts that a step runs, in all layers together."""
     total = made.ids.shape[1]
     steps = range(total - new, total - 1)
-    return float(np.mean([sum(len(np.unique(layer[:, t])) for layer in made.expert_ids) for t in steps]))
+    count = lambda column: len(np.unique(column[column >= 0]))
+    return float(np.mean([sum(count(layer[:, t]) for layer in made.expert_ids) for t in steps]))

@@ -64,6 +64,8 @@ def _add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=QUANTIZE, help=stored)
     mesh = "devices to spread decode's and prefill's models over, such as expert=2 (data, expert, model)"
     parser.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...", help=mesh)
+    routing = "uniform: decode and prefill with --model take given experts, all as likely (default: the routers' own)"
+    parser.add_argument("--routing", choices=["uniform"], help=routing)
     names = "of the experts, by name (with --model; default: what JAX programs take)"
     parser.add_argument("--implementation", type=_names, metavar="NAME,...", help=names)
     dtypes = "with --model or on a GPU (default: bfloat16; float32 on a CPU)"
@@ -115,6 +117,8 @@ def _request(args: argparse.Namespace, device: jax.Device) -> accelerator.Reques
     """What the flags ask of an accelerator; refuses those that only the CPU's benchmarks read."""
     if args.mesh:
         raise ValueError(f"mesh: {args.what} runs on one device; decode and prefill take it")
+    if args.routing:
+        raise ValueError(f"routing: {args.what} draws its own choices; decode and prefill take it")
     if args.quantize:
         raise ValueError(f"quantize: {args.what} runs wide weights; decode and prefill take it")
     if args.what not in ("block", "routing", "all"):
@@ -152,6 +156,7 @@ def _options(args: argparse.Namespace, device: jax.Device) -> device_model.Optio
         layers=args.layers,
         repeats=args.repeats or 5,
         mesh=make_mesh(**args.mesh) if args.mesh else None,
+        routing=args.routing,
     )
 
 

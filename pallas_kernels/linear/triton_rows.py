@@ -20,32 +20,38 @@ from . import stored, xla
 
 #: Rows of x up to which reading the weights is all the time there is.
 MAX_ROWS = 64
+#: Inputs that a part of a split product has at least, and programs that are enough for a GPU's multiprocessors.
+LEAST_SPLIT, _PROGRAMS = 256, 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Rows of a kernel and inputs that a program reads at once, stages of the ring, warps.
 
-    `tokens`: rows of x in a program, None for all. `splits`: programs that have a part of an output's inputs each; XLA
-    adds up their sums, in the program that reads them if it makes that one. `turned`: programs begin at different
-    inputs, so that not all of them read the same part of x, and rows of kernels at the same distance, at once. `left`:
-    the kernel is the left operand, of whose rows tensor cores take 64 at once.
+    `splits`: programs that have a part of an output's inputs each; XLA adds up their sums, in the program that reads
+    them if it makes that one.
     """
 
-    rows: int = 16
-    depth: int = 256
-    stages: int = 4
+    rows: int
+    depth: int
+    stages: int
     warps: int = 4
-    tokens: int | None = None
     splits: int = 1
-    turned: bool = False
-    left: bool = False
+
+    @property
+    def left(self) -> bool:
+        """Whether the kernel is the left operand, of whose rows tensor cores take 64 at once."""
+        return self.rows >= 64
 
 
 def choose(rows: int, size: int, width: int) -> Tile:
-    """How products of `rows` of x with `size` rows of kernels of `width` inputs are cut."""
-    del rows, size, width
-    return Tile()
+    """How products of `rows` of x with `size` rows of kernels of `width` inputs are cut, see docs/decisions.md."""
+    few = size <= 256  # a router's
+    splits = min(8 if few else _PROGRAMS * 64 // size, width // LEAST_SPLIT)
+    if few:
+        return Tile(rows=16, depth=256, stages=2, splits=max(1, splits))
+    depth, stages = (256, 4) if rows <= 16 else (128, 6)
+    return Tile(rows=64, depth=depth, stages=stages, splits=max(1, splits))
 
 
 def refuse(x, kernels, layer, norm, biases, residual, dtype, normed) -> str | None:
@@ -69,8 +75,7 @@ def linear(x, kernels, layer, norm, biases, residual, dtype, normed, *, tile=Non
         kernels, biases = jax.tree.map(lambda w: w[None], (kernels, biases))
     sizes, count, dtype = [kernel.shape[1] for kernel in kernels], x.shape[0], dtype or x.dtype
     tile = tile or choose(count, sum(sizes), x.shape[1])
-    each = pl.cdiv(count, tile.tokens or count) * tile.splits
-    programs = [each * pl.cdiv(size, tile.rows) for size in sizes]
+    programs = [tile.splits * pl.cdiv(size, tile.rows) for size in sizes]
     kernel = functools.partial(moe_jax_linear_rows, programs=programs, tile=tile)
     index = jnp.asarray(0 if layer is None else layer, jnp.int32)
     inside = residual if tile.splits == 1 else None
@@ -89,21 +94,19 @@ interpreted = functools.partial(linear, interpret=True)
 
 
 def moe_jax_linear_rows(layer_ref, x_ref, kernels, biases, residual, *outs, programs, tile):
-    """One program: `tile.rows` outputs of one of the kernels, for `tile.tokens` rows of x and a part of the inputs."""
+    """One program: `tile.rows` outputs of one of the kernels, for all rows of x and a part of the inputs."""
     layer, count, program = layer_ref[0], x_ref.shape[0], pl.program_id(0)
-    tokens = min(tile.tokens or count, count)
+    token = lax.iota(jnp.int32, max(LEAST, pl.next_power_of_2(count)))
+    there = token < count
     first = 0
     for i, kernel in enumerate(kernels):
 
         @pl.when((program >= first) & (program < first + programs[i]))
         def _(first=first, kernel=kernel, bias=biases[i] if biases else None, out=outs[i]):
-            size, (rest, split) = kernel.shape[1], _divided(program - first, tile.splits)
-            strip, block = _divided(rest, pl.cdiv(count, tokens))
-            token = block * tokens + lax.iota(jnp.int32, max(LEAST, pl.next_power_of_2(tokens)))
-            there = token < (count if tokens == count else jnp.minimum(count, (block + 1) * tokens))
+            size, (strip, split) = kernel.shape[1], _divided(program - first, tile.splits)
             target = strip * tile.rows + lax.iota(jnp.int32, tile.rows)
             row = jnp.minimum(target, size - 1)
-            y = _product(x_ref, kernel, layer, _Part(token, there, row, split, program), tile)
+            y = _product(x_ref, kernel, layer, _Part(token, there, row, split), tile)
             at = jnp.broadcast_to(token[:, None], y.shape), jnp.broadcast_to(target[None, :], y.shape)
             mask = there[:, None] & (target < size)[None, :]
             if bias is not None:
@@ -132,7 +135,6 @@ class _Part(NamedTuple):
     there: jax.Array
     row: jax.Array
     split: Any
-    program: Any
 
 
 def _product(x_ref, kernel, layer, part, tile):
@@ -148,7 +150,6 @@ def _product(x_ref, kernel, layer, part, tile):
         return spread(pltriton.load(scales.at[at]))
 
     def step(i, total):
-        i = lax.rem(i + part.program, jnp.int32(turns)) if tile.turned else i
         first = (part.split * turns + i) * depth
         column = first + lax.iota(jnp.int32, depth)
         inside = [(column < width)[None, :]] if width % (depth * tile.splits) else []

@@ -1,6 +1,7 @@
 """Benchmarks of whole models on a CPU: what is counted, that first tokens are checked, what the command prints."""
 
 import argparse
+import dataclasses
 import json
 
 import jax
@@ -102,6 +103,18 @@ def test_active_experts():
     assert 4.0 < work.active_experts(work.recorded(model, np.arange(24).reshape(8, 3), 4), 4) <= 8.0
 
 
+def test_uniform_routing(monkeypatch):
+    options = device_model.Options(device=CPU, dtype="float32", batches=(8,), prompt=8, new=6, repeats=1)
+    options = dataclasses.replace(options, routing="uniform")
+    name, taken = "configs/tiny/deepspeed_moe.json", []
+    monkeypatch.setattr(device_model, "uniform_routing", lambda *a: taken.append(work.uniform_routing(*a)) or taken[0])
+    (found,) = device_model.run(name, options)
+    (given,) = taken
+    assert all(layer.shape == (8, 14, 1) and np.bincount(layer.ravel()).min() > 4 for layer in given)
+    assert found.active == np.mean([sum(len(np.unique(layer[:, t])) for layer in given) for t in range(8, 13)])
+    assert "uniform routing" in device_model.rows(name, options, [found], CEILINGS)[0].shape
+
+
 def test_rows(monkeypatch):
     peaks = iter((5, 9 * 10**9, 10**10, 10**10, 10**10))
     monkeypatch.setattr(device_model, "_peak", lambda device: next(peaks))
@@ -179,6 +192,7 @@ def test_command(tmp_path, capsys, monkeypatch):
         "--what decode --model olmoe --new 1": "at least 2 new tokens",
         "--what prefill --implementation a,b": "implementation: prefill takes one",
         "--what block --model olmoe --quantize int8": "quantize: block runs wide weights",
+        "--what block --model olmoe --routing uniform": "routing: block draws its own choices",
     }.items():
         assert ask(f"--device cpu {words}") == 1
         assert why in capsys.readouterr().err

@@ -51,6 +51,17 @@ def test_generation_continues_as_full_passes_do():
         assert int(model((row * kept)[None], kept[None].astype(int))[0, length - 1].argmax()) == row[length]
 
 
+def test_recorded_choices_can_be_forced():
+    model = load_checkpoint(FOLDERS[0], settings(FOLDERS[0]))
+    ids, other = np.random.default_rng(0).integers(1, 64, (2, 2, 6))
+    made = moe_jax.generate(model, ids, max_new_tokens=3, return_record=True)
+    again = moe_jax.generate(model, ids, max_new_tokens=3, return_record=True, routing=made)
+    np.testing.assert_array_equal(again.ids, made.ids)
+    record = model(other, routing=[layer[:, :6] for layer in made.expert_ids], return_record=True)
+    for layer, forced in zip(record.expert_ids, made.expert_ids, strict=True):
+        np.testing.assert_array_equal(layer, forced[:, :6])
+
+
 def test_padding_takes_no_capacity():
     model = load_checkpoint(FOLDERS[1], settings(FOLDERS[1]) | {"eval_capacity_factor": 0.5, "min_capacity": 1})
     ids = np.random.default_rng(0).integers(1, 64, (1, 6))
@@ -202,10 +213,3 @@ def test_positions_other_than_learned_ones():
         assert "positions" not in model.arrays()
         a, b = model([[3, 4, 5, 6]]), model([[4, 3, 5, 6]])
         assert float(abs(a - b)[0, -1].max()) > 1e-4  # the order of tokens counts
-
-
-def test_forcing_choices_on_a_gate_with_capacity_is_refused():
-    model = Model.initialize(ModelConfig.from_dict(HUB | {"num_experts": 4}))
-    record = model([[1, 2, 3]], return_record=True)
-    with pytest.raises(ValueError, match="DeepSpeed's gates"):
-        model([[1, 2, 3]], routing=record)

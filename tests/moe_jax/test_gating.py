@@ -1,5 +1,6 @@
 """The gates against DeepSpeed's own arrays, against a float64 oracle, and at their edges."""
 
+import functools
 import json
 import operator
 import pathlib
@@ -145,6 +146,28 @@ def test_padding_changes_nothing(kind):
 
     slope = np.asarray(jax.jit(jax.grad(loss))(padded))
     assert np.isfinite(slope).all() and not slope[~used].any() and slope[used].any()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_forced_choices_are_taken_as_if_they_were_best(rule):
+    """In any order, some left to the gate: what the gate does for logits of which these are the highest."""
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((40, 8)).astype(np.float32)
+    chosen = np.stack([rng.permutation(8)[: rule.k] for _ in logits])
+    forced = np.where(rng.random(chosen.shape) < 0.4, -1, chosen)
+    routing = jax.jit(functools.partial(gate, rule=rule))(logits, forced=forced)
+    for own, asked, ids in zip(logits, forced, np.asarray(routing.ids), strict=True):
+        asked = [e for e in asked if e >= 0]
+        free = [e for e in np.argsort(-own) if e not in asked][: rule.k - len(asked)]
+        assert ids.tolist() == sorted(asked + free, key=lambda e: -own[e])
+    chances = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), np.asarray(routing.ids), 1)
+    kept = np.where(routing.keep, chances, 0)
+    if rule.renormalize:
+        kept /= np.maximum(kept.sum(1, keepdims=True), np.finfo(np.float32).eps)
+    np.testing.assert_allclose(routing.weights, kept, rtol=1e-5)
+    assert bool(routing.keep.all()) == (not rule.drop_tokens)
+    again = gate(logits, rule, forced=np.asarray(routing.ids)[:, ::-1])
+    np.testing.assert_array_equal(again.keep, routing.keep)
 
 
 def test_minus_infinity_is_a_logit():

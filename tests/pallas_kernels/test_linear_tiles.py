@@ -12,13 +12,11 @@ from pallas_kernels.linear.triton_rows import Tile
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 TILES = {
-    "strips of 64": Tile(rows=64, depth=32, stages=6),
-    "parts of the inputs": Tile(depth=64, splits=3),
-    "more parts than inputs": Tile(depth=128, splits=8),
-    "rows of x apart": Tile(depth=64, tokens=16),
-    "an odd number of rows of x": Tile(depth=64, tokens=5, splits=2),
-    "by turns": Tile(depth=32, turned=True, splits=2),
-    "the kernel on the left": Tile(rows=32, depth=64, left=True, splits=2),
+    "kernels on the right": Tile(rows=16, depth=256, stages=2),
+    "kernels on the right, parts of the inputs": Tile(rows=16, depth=64, stages=4, splits=3),
+    "kernels on the left": Tile(rows=64, depth=32, stages=6),
+    "kernels on the left, parts of the inputs": Tile(rows=64, depth=64, stages=4, splits=2),
+    "more parts than inputs": Tile(rows=16, depth=128, stages=4, splits=8),
 }
 QUICK = "q, k and v", "two rows", "int8 in groups, 33 rows"
 #: More rows than a block has, several kernels with and without bias, scales of groups and of rows, a residual.
@@ -37,7 +35,7 @@ def test_values(tile, case):
     assert_standard(run(**call, tile=TILES[tile]), call)
 
 
-@pytest.mark.parametrize("tile", ["parts of the inputs", "an odd number of rows of x", "the kernel on the left"])
+@pytest.mark.parametrize("tile", ["kernels on the right, parts of the inputs", "kernels on the left"])
 def test_a_poisoned_row_stays_alone(tile):
     call = make(7, 160, [24], dict(norm=True, residual=True, biases=(1,), stacked=True))
     clean = run(**call, tile=TILES[tile])[0]
