@@ -54,6 +54,13 @@ class Axes:
 #: The table of `moe_jax.make_mesh`'s axes: tokens are spread over the ranks that hold the experts.
 RULES = Axes(batch=("data", "expert"), experts=("expert",), heads=("model",), hidden=("model",), vocab=("model",))
 
+#: Tokens lie together on all ranks that hold experts: one sum over them a layer, where `RULES` takes two exchanges, but
+#: each rank computes attention for all rows and holds their cache. Faster for steps of few rows (docs/sharding.md).
+TOGETHER = dataclasses.replace(RULES, batch=("data",))
+
+#: The tables by name.
+NAMED = {"spread": RULES, "together": TOGETHER}
+
 
 def add_up(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """The sum of all devices' `x` along mesh axes, on each of them; `x` without axes."""

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from .. import generate
+from ..axes import NAMED
 from ..generation import Generated, _Run  # prefill and steps apart, which `generate` does not show
 from ..model import Model
 from .models import find_config, make
@@ -29,8 +30,8 @@ class Options:
     """What is measured: `case` "decode" or "prefill" (which is `new` 1), and of what models.
 
     `quantized`: None (as `dtype`), "int8" or "mxfp4"; `layers`: of each model, None for all; `repeats`: calls of which
-    medians are taken; `mesh`: devices to spread models over, None for `device` alone; `routing`: "uniform" for choices
-    of experts that are given, of which all are as likely, None for those of the random routers.
+    medians are taken; `mesh`: devices to spread models over by the table `rules`, None for `device` alone; `routing`:
+    "uniform" for choices of experts that are given, of which all are as likely, None for those of the random routers.
     """
 
     device: jax.Device
@@ -44,6 +45,7 @@ class Options:
     layers: int | None = None
     repeats: int = 5
     mesh: Mesh | None = None
+    rules: str = "spread"
     routing: str | None = None
 
     def __post_init__(self):
@@ -80,7 +82,8 @@ def run(name: str, options: Options) -> list[Measured | tuple[int, str]]:
     found: list[Measured | tuple[int, str]] = []
     with _fresh_cache():
         try:
-            model = make(config, options.dtype, options.quantized, options.implementation, options.mesh)
+            about = options.dtype, options.quantized, options.implementation, options.mesh, NAMED[options.rules]
+            model = make(config, *about)
             jax.block_until_ready(model.arrays())
         except RuntimeError as error:  # no memory
             return [(batch, _note(error)) for batch in batches]
@@ -238,7 +241,7 @@ def _how(options: Options) -> str:
     text = ""
     if options.mesh is not None:
         long = [f"{name} {size}" for name, size in options.mesh.shape.items() if size > 1]
-        text = f" on {options.mesh.size} ({', '.join(long)})"
+        text = f" on {options.mesh.size} ({', '.join(long)}; tokens {options.rules})"
     return text + (f", {options.routing} routing" if options.routing else "")
 
 

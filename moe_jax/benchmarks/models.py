@@ -4,6 +4,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from ..axes import RULES, Axes
 from ..checkpoint.formats import quantization_of
 from ..checkpoint.mxfp4 import METHOD
 from ..config import ModelConfig
@@ -58,9 +59,11 @@ def make(
     quantize: str | None = None,
     implementation: str | None = None,
     mesh: Mesh | None = None,
+    rules: Axes = RULES,
 ) -> Model:
-    """A model with random weights, over `mesh` or on the default device.
+    """A model with random weights, over `mesh` by `rules` or on the default device.
 
     `quantize`: None, "mxfp4", or "int8", one scale per output.
     """
-    return Model.initialize(config, dtype=dtype, quantize=quantize, implementation=implementation, mesh=mesh)
+    given = dict(dtype=dtype, quantize=quantize, implementation=implementation)
+    return Model.initialize(config, mesh=mesh, rules=rules, **given)

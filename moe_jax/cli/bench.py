@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ..axes import NAMED
 from ..benchmarks import accelerator, block, decode, device_model, load, model_run
 from ..benchmarks.inputs import DTYPES
 from ..benchmarks.models import QUANTIZE
@@ -64,6 +65,8 @@ def _add_accelerator_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=QUANTIZE, help=stored)
     mesh = "devices to spread decode's and prefill's models over, such as expert=2 (data, expert, model)"
     parser.add_argument("--mesh", type=mesh_sizes, metavar="AXIS=N,...", help=mesh)
+    rules = "tokens spread over the ranks that hold experts, or together on all of them (few rows)"
+    parser.add_argument("--rules", choices=list(NAMED), default="spread", help=rules)
     routing = "uniform: decode and prefill with --model take given experts, all as likely (default: the routers' own)"
     parser.add_argument("--routing", choices=["uniform"], help=routing)
     names = "of the experts, by name (with --model; default: what JAX programs take)"
@@ -156,6 +159,7 @@ def _options(args: argparse.Namespace, device: jax.Device) -> device_model.Optio
         layers=args.layers,
         repeats=args.repeats or 5,
         mesh=make_mesh(**args.mesh) if args.mesh else None,
+        rules=args.rules,
         routing=args.routing,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from ..axes import NAMED
 from ..benchmarks.models import QUANTIZE, find_config, stored_as
 from ..exchange import EXCHANGES
 from ..planning import Job, Plan, Topology, as_json, as_text, make_plan, open_topology, search
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, metavar="N", help="inputs per int8 scale; a row if unset")
     parser.add_argument("--kv-cache-dtype", choices=["int8"], help="keys and values in int8")
     parser.add_argument("--exchange", choices=list(EXCHANGES), help="between experts (default: by size)")
+    rules = "tokens spread over the ranks that hold experts, or together on all of them (few rows)"
+    parser.add_argument("--rules", choices=list(NAMED), default="spread", help=rules)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -73,6 +76,7 @@ def _job(options: argparse.Namespace, kind: str) -> Job:
         group_size=options.group_size,
         cache=options.kv_cache_dtype,
         exchange=options.exchange,
+        rules=options.rules,
     )
 
 

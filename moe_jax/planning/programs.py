@@ -15,6 +15,7 @@ from pallas_kernels.mxfp4 import GROUP
 from pallas_kernels.quantized import is_quantized
 
 from .. import engine
+from ..axes import NAMED
 from ..config import ModelConfig
 from ..exchange import check
 from ..generation import _sizes, bucket  # the one rule for what is compiled
@@ -33,7 +34,8 @@ class Job:
     """What is to run: `batch` rows of up to `context` tokens, the last `new` of them generated.
 
     `dtype` of weights and cache; `quantize` None, "int8" (with one scale for `group_size` inputs, None: a row) or
-    "mxfp4", as in `Model.initialize`; `cache`: None or "int8"; `exchange`: by name, None to choose.
+    "mxfp4", as in `Model.initialize`; `cache`: None or "int8"; `exchange`: by name, None to choose; `rules`: a table
+    of `axes.NAMED`.
     Raises `ValueError` for values out of range and more tokens than the model's context.
     """
 
@@ -47,6 +49,7 @@ class Job:
     group_size: int | None = None
     cache: Literal["int8"] | None = None
     exchange: str | None = None
+    rules: str = "spread"
 
     def __post_init__(self):
         for name in ("batch", "context", "new"):
@@ -66,7 +69,7 @@ class Job:
 
     def sharding(self, mesh: jax.sharding.Mesh) -> Sharding:
         """The model's over a mesh of `make_mesh`."""
-        return Sharding(mesh, exchange=self.exchange, unit=self.unit)
+        return Sharding(mesh, NAMED[self.rules], self.exchange, self.unit)
 
     def rows(self, sharding: Sharding) -> int:
         """Rows on each device; the last ones may be none."""
