@@ -13,13 +13,13 @@ from pallas_kernels.dims import Array as AnyArray
 
 from . import exchange
 from .attention import Span, Varying, attend, project
-from .axes import add_up
+from .axes import add_up, own_part
 from .block_config import BlockConfig
 from .cache import read_entries, write_entries
 from .linear import linear
 from .norm import norm
 from .placement import slots_of
-from .router import choose
+from .router import Chosen, choose
 from .weights import Weights
 
 
@@ -158,23 +158,26 @@ def moe(
         else:
             own = {"router": jax.lax.dynamic_slice_in_dim(group["router"], place.first, place.num_experts)}
         real = None if request.real is None else jnp.ravel(request.real)
-        logits, ids, gates = choose(config.router, own, rows, forced, real, config.axes.batch)
+        logits, chosen = choose(config.router, own, rows, forced, real, config.axes.batch)
     stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
-    places = placed(group, ids, index)
-    y, overflow = routed(config, rows, places, gates, experts, place, request.implementation)
+    y, overflow = routed(config, rows, placed(group, chosen, index), experts, place, request.implementation)
     if config.shared is not None:
         own = take(weights["shared"], place.of_kind)
         y = combine(config, own, rows, y, mlp(config.shared.activation, own, rows))
-    return add_up(y, config.axes.hidden).reshape(x.shape), Choice(logits, ids, gates, overflow)
+    return add_up(y, config.axes.hidden).reshape(x.shape), Choice(logits, chosen.ids, chosen.weights, overflow)
 
 
-def placed(group: Weights, ids: Int[Array, "G A"], layer: Any) -> Int[Array, "G A"]:
-    """Where the experts of a layer lie that `ids` name: as they are, unless a placement says otherwise."""
-    return jnp.asarray(slots_of(ids, group["slots"][layer], group["copies"][layer])) if "slots" in group else ids
+def placed(group: Weights, chosen: Chosen, layer: Any) -> Chosen:
+    """Ids say where experts of a layer lie: their own places, unless a placement says otherwise."""
+    if "slots" not in group:
+        return chosen
+    slots = lambda ids: jnp.asarray(slots_of(ids, group["slots"][layer], group["copies"][layer]))
+    everyone = None if chosen.everyone is None else (slots(chosen.everyone[0]), chosen.everyone[1])
+    return Chosen(slots(chosen.ids), chosen.weights, everyone)
 
 
-def routed(config: BlockConfig, rows, ids, gates, experts: Experts, place: Place, implementation, residual=None):
+def routed(config: BlockConfig, rows, chosen: Chosen, experts: Experts, place: Place, implementation, residual=None):
     """Experts on `rows [G, D]`, wherever they are, plus `residual`; and how many tokens took a second pass.
 
     `experts`: the stacks of a device. Each of several devices along `config.axes.hidden` gives its part of the output.
@@ -189,10 +192,14 @@ def routed(config: BlockConfig, rows, ids, gates, experts: Experts, place: Place
         return run_experts(scale, rows, ids, gates, experts, layer, implementation, residual)
 
     if ranks == 1:
-        return run(rows, ids, gates, residual), jnp.zeros((), jnp.int32)
+        return run(rows, chosen.ids, chosen.weights, residual), jnp.zeros((), jnp.int32)
     each = experts.num_experts if place.first is None else place.num_experts // ranks
-    spread = set(config.axes.experts) <= set(config.axes.batch)
-    work = exchange.Work(rows, ids, gates, run, each, config.axes.experts, spread)
+    batch, ranks_of = config.axes.batch, config.axes.experts
+    spread, everyone = set(ranks_of) <= set(batch), None
+    if chosen.everyone is not None and batch[-len(ranks_of) :] == ranks_of:
+        ids, weights = (own_part(x, batch[: -len(ranks_of)], 0) for x in chosen.everyone)
+        everyone = ids, weights
+    work = exchange.Work(rows, chosen.ids, chosen.weights, run, each, ranks_of, spread, everyone)
     y, overflow = exchange.exchange(config.exchange, work)
     return y if residual is None else residual + y, overflow
 

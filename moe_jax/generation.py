@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.dims import Array as AnyArray
@@ -15,7 +16,7 @@ from .cache import grow
 from .engine import Request, Sizes, decode, prefill, step, tokens_at_once
 from .model import Model, check_inputs, forced_ids, is_integer, with_more_rows
 from .sampling import make_sampler
-from .sharding import fetched
+from .sharding import Sharding, fetched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +168,11 @@ class _Run:
             forced=forced,
             implementation=model.implementation,
         )
+        # on the devices once, and not with every step
         if self.sharding is None:
-            self.request, self.weights = jax.device_put((request, model.arrays()))  # once, and not with every step
+            self.request, self.weights = jax.device_put((request, model.arrays()))
         else:
-            self.request, self.weights = request, model.arrays()
+            self.request, self.weights = _put(self.sharding, request), model.arrays()
         self.state, self.prompt_experts, self.count = None, None, 0
 
     def start(self) -> None:
@@ -231,6 +233,15 @@ class _Run:
             return Generated(ids, ())
         parts = spread(fetched(self.prompt_experts), self.mask), fetched(self.state.experts)[:, :, : self.new]
         return Generated(ids, tuple(np.concatenate(parts, 2)[:, : len(ids)]))
+
+
+def _put(sharding: Sharding, request: Request) -> Request:
+    """The request with its numbers on all devices, forced choices where their rows are."""
+    eos, pad, total = (sharding.put(np.asarray(x, np.int32)) for x in (request.eos, request.pad, request.total))
+    forced = request.forced
+    if forced is not None:
+        forced = sharding.put(np.asarray(forced), PartitionSpec(None, *sharding.batch))
+    return dataclasses.replace(request, eos=eos, pad=pad, total=total, forced=forced)
 
 
 def _on_gpu(weights: Any) -> bool:

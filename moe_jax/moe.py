@@ -106,11 +106,11 @@ class MoE(nnx.Module):
         rows = jnp.asarray(x).reshape(-1, width)
         rows = rows.astype(jnp.promote_types(rows.dtype, self.experts["up"].dtype))
         real = None if mask is None else jnp.asarray(mask).reshape(-1)
-        logits, ids, gates = choose(self.config, _arrays(self.router), rows, real=real)
+        logits, chosen = choose(self.config, _arrays(self.router), rows, real=real)
         capacity = None
         if self.capacity_factor is not None:
             capacity = capacity_of(rows.shape[0], self.config.top_k, self.config.num_experts, self.capacity_factor)
-        routing = describe(self.config, logits, ids, gates, capacity)
+        routing = describe(self.config, logits, chosen.ids, chosen.weights, capacity)
         experts = Experts(**_arrays(self.experts), activation=self.activation, layout="out_in")
         y = self._run(rows, routing, experts)
         if self.shared is not None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,17 @@ from .routing import Routing, losses, rank_within
 __all__ = ["Routing", "capacity_of", "choose", "describe", "top1_gating", "top2_gating", "topk_gating"]
 
 
+class Chosen(NamedTuple):
+    """What a gate chose for a device's tokens: `ids` (-1: no expert is to run) and `weights [G, A]`.
+
+    `everyone`: both for the tokens of all devices that it looked at, where it had to look at others'.
+    """
+
+    ids: Int[Array, "G A"]
+    weights: Float[Array, "G A"]
+    everyone: tuple[Array, Array] | None = None
+
+
 def choose(
     config: RouterConfig,
     weights: Mapping[str, Array],
@@ -26,8 +38,8 @@ def choose(
     forced: Int[Array, "G A"] | None = None,
     real: Bool[Array, " G"] | None = None,
     axes: tuple[str, ...] = (),
-) -> tuple[Float[Array, "G E"], Int[Array, "G A"], Float[Array, "G A"]]:
-    """The gate: float32 logits `[G, E]`, chosen ids and their weights `[G, A]`; id -1 where no expert is to run.
+) -> tuple[Float[Array, "G E"], Chosen]:
+    """The gate: float32 logits `[G, E]` and what it chose.
 
     `weights`: `router [E, D]`, and where the config has them `router_bias` and `selection_bias` `[E]`. The product
     accumulates in float32 whatever the dtype of `rows`. `real`: false for padding, which takes no expert. `axes`: mesh
@@ -35,7 +47,7 @@ def choose(
     """
     biases = [weights["router_bias"]] if config.logit_bias else None
     (logits,) = linear(rows, [weights["router"]], biases=biases, dtype=jnp.float32)
-    return logits, *choose_by(config, logits, weights.get("selection_bias"), forced, real, axes)
+    return logits, choose_by(config, logits, weights.get("selection_bias"), forced, real, axes)
 
 
 def choose_by(
@@ -45,13 +57,14 @@ def choose_by(
     forced: Int[Array, "G A"] | None = None,
     real: Bool[Array, " G"] | None = None,
     axes: tuple[str, ...] = (),
-) -> tuple[Int[Array, "G A"], Float[Array, "G A"]]:
-    """The gate behind its logits: chosen ids and their weights, see `choose`."""
+) -> Chosen:
+    """The gate behind its logits, see `choose`."""
     if config.rule is not None:
         real, forced = (None if a is None else gathered(a, axes, 0) for a in (real, forced))
         routing = gate(gathered(logits, axes, 0), config.rule, real, forced=forced)
         ids = jnp.where(routing.keep, routing.ids, -1)
-        return own_part(ids, axes, 0), own_part(routing.weights, axes, 0)
+        everyone = (ids, routing.weights) if axes else None
+        return Chosen(own_part(ids, axes, 0), own_part(routing.weights, axes, 0), everyone)
     ids, gates, _ = pallas_kernels.route(
         logits,
         config.top_k,
@@ -64,7 +77,7 @@ def choose_by(
         config.jitter,
         forced,
     )
-    return ids if real is None else jnp.where(real[:, None], ids, -1), gates
+    return Chosen(ids if real is None else jnp.where(real[:, None], ids, -1), gates)
 
 
 def capacity_of(tokens: int, choices: int, num_experts: int, factor: float) -> int:

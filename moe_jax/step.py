@@ -171,15 +171,15 @@ def _mlp(config: BlockConfig, weights: Weights, rows: jax.Array, place: Any, req
         forced = None if request.forced is None else request.forced[layer].astype(jnp.int32).reshape(len(rows), -1)
         bias = None if "selection_bias" not in group else group["selection_bias"][layer]
         real = None if request.real is None else jnp.ravel(request.real)
-        ids, gates = choose_by(config.router, logits, bias, forced, real, config.axes.batch)
+        chosen = choose_by(config.router, logits, bias, forced, real, config.axes.batch)
     stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
     hidden = config.axes.hidden
-    where, residual = placed(group, ids, layer), None if hidden else rows
-    y, overflow = routed(config, h, where, gates, experts, place, request.implementation, residual)
+    residual = None if hidden else rows
+    y, overflow = routed(config, h, placed(group, chosen, layer), experts, place, request.implementation, residual)
     if config.shared is not None:
         y = _shared(config, weights["shared"], h, y, layer)
-    return rows + add_up(y, hidden) if hidden else y, Choice(logits, ids, gates, overflow)
+    return rows + add_up(y, hidden) if hidden else y, Choice(logits, chosen.ids, chosen.weights, overflow)
 
 
 def _shared(config: BlockConfig, weights: Weights, h: jax.Array, y: jax.Array, layer: Any) -> jax.Array:

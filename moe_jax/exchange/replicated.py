@@ -14,6 +14,7 @@ def exchange(work: Work) -> jax.Array:
     """The output `[G, D]` of a rank's tokens."""
     if not work.spread:
         return jax.lax.psum(work.own(work.rows, work.ids, work.weights), work.axes)
-    rows, both = (gathered(x, work.axes, 0) for x in (work.rows, packed(work.ids, work.weights)))
-    y = work.own(rows, *unpacked(both))
+    rows = gathered(work.rows, work.axes, 0)
+    everyone = work.everyone or unpacked(gathered(packed(work.ids, work.weights), work.axes, 0))
+    y = work.own(rows, *everyone)
     return jax.lax.psum_scatter(y, work.axes, scatter_dimension=0, tiled=True)

@@ -20,7 +20,8 @@ class Work:
 
     `rows [G, D]`, `ids [G, A]` of any device's experts (-1: none), `weights [G, A]`; `run` the device's own experts,
     `each` of them per device, consecutive ids on each of the devices along mesh `axes`. `spread`: the tokens are other
-    ones on every device along `axes`; else all have the same.
+    ones on every device along `axes`; else all have the same. `everyone`: ids and weights of all these devices' tokens,
+    if they are known here already.
     """
 
     rows: Float[Array, "G D"]
@@ -30,6 +31,7 @@ class Work:
     each: int
     axes: tuple[str, ...]
     spread: bool
+    everyone: tuple[Int[Array, "RG A"], Float[Array, "RG A"]] | None = None
 
     @property
     def ranks(self) -> int:

@@ -65,9 +65,12 @@ class Sharding:
         """What a router's choices are looked up in where experts are placed, on every device; nothing without."""
         if self.placement is None:
             return {}
-        here = NamedSharding(self.mesh, PartitionSpec())
-        put = lambda x: jax.make_array_from_callback(x.shape, here, lambda index: x[index])
-        return dict(zip(TABLES, map(put, self.placement.table()), strict=True))
+        return dict(zip(TABLES, map(self.put, self.placement.table()), strict=True))
+
+    def put(self, x: np.ndarray, spec: PartitionSpec | None = None) -> jax.Array:
+        """An array that every process has, on the devices: by `spec`, or all of it on each."""
+        lies = NamedSharding(self.mesh, spec or PartitionSpec())
+        return jax.make_array_from_callback(x.shape, lies, lambda index: x[index])
 
     def local(self, architecture: Architecture) -> Architecture:
         """What one device computes."""

@@ -179,8 +179,8 @@ def reference(uniform, weights, counts, ids):
 
     def limited(config, own, rows, forced, real, axes):
         count = next(layer)
-        logits, ids, gates = choose(config, {"router": own["router"][:count]}, rows, forced, real, axes)
-        return jnp.pad(logits, ((0, 0), (0, own["router"].shape[0] - count))), ids, gates
+        logits, chosen = choose(config, {"router": own["router"][:count]}, rows, forced, real, axes)
+        return jnp.pad(logits, ((0, 0), (0, own["router"].shape[0] - count))), chosen
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(block, "choose", limited)
