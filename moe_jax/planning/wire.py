@@ -11,7 +11,7 @@ from .programs import Job, Stage
 
 
 def expected(job: Job, sharding: Sharding, stage: Stage) -> list[Collective]:
-    """What a stage sends, without what may not run, what routers with capacity and norms over all heads add up."""
+    """What a stage sends, without what may not run and what norms over all heads add up."""
     architecture, run, axes = job.config.architecture, passes(job, sharding, stage), sharding.axes
     stream = run.tokens * architecture.block.width * jnp.dtype(job.dtype).itemsize
     table, name = parameters(architecture), "embedding" if architecture.tied else "head.kernel"
@@ -26,6 +26,10 @@ def expected(job: Job, sharding: Sharding, stage: Stage) -> list[Collective]:
     for kind, nbytes, times in _exchange(job, sharding, run) if architecture.moe_layers else []:
         times *= run.count * len(architecture.moe_layers)
         found.append(_along(sharding, axes.experts, kind, nbytes, times))
+    if architecture.moe_layers and architecture.block.router.rule is not None:  # which looks at all logits
+        every = run.tokens * len(mesh_group(sharding.sizes, axes.batch))
+        sizes = [4 * every * experts for experts in architecture.expert_counts] + [every]  # once, which tokens are real
+        found += [_along(sharding, axes.batch, "all-gather", size, run.count) for size in sizes]
     return [one for one in found if len(one.devices) > 1]
 
 
@@ -41,7 +45,12 @@ def _exchange(job: Job, sharding: Sharding, run: Passes) -> list[tuple[str, int,
     name = job.exchange or chosen(tokens, choices, ranks)
     if name == "replicated":
         every = ranks * tokens
-        return [("all-gather", every * row, 1), ("all-gather", every * both, 1), ("reduce-scatter", tokens * row, 1)]
+        known = (
+            block.router.rule is not None
+            and sharding.axes.batch[-len(sharding.axes.experts) :] == sharding.axes.experts
+        )
+        ids = [] if known else [("all-gather", every * both, 1)]
+        return [("all-gather", every * row, 1), *ids, ("reduce-scatter", tokens * row, 1)]
     if name == "ring":
         return [("collective-permute", tokens * row, 2 * ranks), ("collective-permute", tokens * both, ranks)]
     if name == "ragged_all_to_all":

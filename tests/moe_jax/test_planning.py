@@ -12,6 +12,7 @@ import pytest
 from core_models import folder
 
 from moe_jax import ModelConfig, engine, make_mesh
+from moe_jax.benchmarks.models import find_config
 from moe_jax.benchmarks.work import cache_bytes as cache_bytes_of
 from moe_jax.benchmarks.work import prefill_flops, weights_of
 from moe_jax.cli import main
@@ -116,6 +117,17 @@ def test_a_compiled_program_sends_what_the_formula_says(sizes):
     sharding = job().sharding(make_mesh(*sizes))
     for stage in planned(sizes).stages:
         assert sent(stage.sent) == pytest.approx(sent(expected(job(), sharding, stage.stage)))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_gates_with_a_capacity_send_what_the_formula_says(sizes):
+    config = find_config("configs/tiny/deepspeed_moe.json")
+    config = ModelConfig.from_dict(config.to_dict() | {"num_experts": [0, 8, 0, 8], "hidden_size": 32})
+    one = Job(name="deepspeed", config=config, batch=16, context=64, new=16, dtype="float32")
+    plan = make_plan(one, open_topology("cpu:8"), dict(zip(AXES, sizes, strict=True)))
+    for stage in plan.stages:
+        wanted = expected(one, one.sharding(make_mesh(*sizes)), stage.stage)
+        assert sent(stage.sent) == pytest.approx(sent(wanted))
 
 
 @pytest.mark.parametrize("name", ["ring", "all_to_all"])
