@@ -235,8 +235,9 @@ def _step(architecture, weights, state, request):
     forced = None
     if request.forced is not None:
         forced = jax.lax.dynamic_slice_in_dim(request.forced, at, 1, axis=2)
-    # A row by itself that has ended does not run on, or not for long.
-    routing = RoutingRequest(real if len(real) > 1 else None, forced, request.implementation)
+    # A row by itself that has ended does not run on, or not for long; beside others', it may never have been one.
+    alone = len(real) == 1 and not architecture.block.axes.batch
+    routing = RoutingRequest(None if alone else real, forced, request.implementation)
     record = state.experts is not None
     x, cache, trace = decoder.decode(architecture, weights, token, span, state.cache, routing, record, lengths)
     state = dataclasses.replace(state, cache=dataclasses.replace(cache, lengths=lengths + real[:, 0]))

@@ -8,10 +8,15 @@ from core_models import golden_model
 from test_golden import QUICK
 
 import moe_jax
-from moe_jax import make_mesh
+from moe_jax import ModelConfig, make_mesh
+from moe_jax.axes import RULES, TOGETHER, Axes
+from moe_jax.benchmarks.models import find_config
+from moe_jax.benchmarks.work import uniform_routing
 from moe_jax.exchange import EXCHANGES
 
 MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2), (8, 1, 1), (1, 4, 2), (1, 2, 4)]
+#: Tokens lie along the axes the other way round.
+AROUND = dict(batch=("expert", "data"), experts=("expert",))
 #: By name, and one that is not: the choice by size.
 _NAMES = [None, *(name for name in EXCHANGES if name != "ragged_all_to_all")]
 
@@ -107,6 +112,24 @@ def test_tokens_that_find_no_room_are_counted():
     np.testing.assert_allclose(got.logits, want.logits, atol=1e-5 * np.abs(np.asarray(want.logits)).max())
     assert (np.asarray(got.overflow) > 0).all()
     assert not np.asarray(want.overflow).any()
+
+
+@pytest.mark.parametrize(
+    ("rules", "sizes"), [(RULES, (4, 2, 1)), (TOGETHER, (2, 2, 2)), (Axes(**AROUND), (2, 4, 1))], ids=str
+)
+def test_a_capacity_is_that_of_the_rows_there_are(rules, sizes):
+    """Five rows on eight devices: the three that fill up take no room from the others. Choices forced, too."""
+    hub = find_config("configs/tiny/deepspeed_moe.json").to_dict()
+    hub |= dict(num_experts=[0, 8, 0, 8], num_experts_per_tok=2, eval_capacity_factor=0.5, min_capacity=1)
+    whole = moe_jax.Model.initialize(ModelConfig.from_dict(hub), seed=1)
+    model = moe_jax.shard(whole, make_mesh(*sizes), rules)
+    ids, mask = (np.concatenate([a, a[:2]]) for a in prompts(whole))
+    for routing in (None, uniform_routing(whole, 5, 12)):
+        given = dict(max_new_tokens=5, temperature=0.7, key=3, eos_token_id=(), return_record=True, routing=routing)
+        want, got = (moe_jax.generate(one, ids, mask, **given) for one in (whole, model))
+        np.testing.assert_array_equal(got.ids, want.ids)
+        for ours, theirs in zip(got.expert_ids, want.expert_ids, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("bits", ["int8", "mxfp4"])
