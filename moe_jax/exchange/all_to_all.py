@@ -52,7 +52,8 @@ def exchange(work: Work, size: int | None = None) -> tuple[jax.Array, jax.Array]
     if size >= tokens:
         return back(y), jnp.zeros((), jnp.int32)
     beyond = jax.lax.psum(jnp.maximum(count - size, 0).sum(), work.axes)
-    left = dataclasses.replace(work, ids=jnp.where(fits, -1, work.ids))
+    # what is known of everyone's choices is of all of them, not of those that are left
+    left = dataclasses.replace(work, ids=jnp.where(fits, -1, work.ids), everyone=None)
     rest = jax.lax.cond(beyond > 0, lambda: replicated.exchange(left), lambda: jnp.zeros_like(y))
     return back(y + rest), beyond
 

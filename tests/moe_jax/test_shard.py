@@ -114,6 +114,20 @@ def test_tokens_that_find_no_room_are_counted():
     assert not np.asarray(want.overflow).any()
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_gate_with_a_capacity_overflows_an_exchange_once(choices):
+    """What a gate knows of all ranks' tokens holds choices that were served before the second pass."""
+    hub = find_config("configs/tiny/deepspeed_moe.json").to_dict()
+    hub |= dict(num_experts=[0, 8, 0, 8], num_experts_per_tok=choices, eval_capacity_factor=1.25, min_capacity=1)
+    made = moe_jax.Model.initialize(ModelConfig.from_dict(hub | {"max_position_embeddings": 64}), seed=1)
+    whole = moe_jax.Model(made.config, made.arrays(), made.generation, {"exchange": "all_to_all"})
+    model = moe_jax.shard(whole, make_mesh(expert=8))
+    ids = np.repeat(np.arange(3, 11)[:, None], 64, 1)  # a rank's tokens are all the same
+    want, got = (one(ids, return_record=True) for one in (whole, model))
+    assert (np.asarray(got.overflow) > 0).any()
+    np.testing.assert_allclose(got.logits, want.logits, atol=1e-5 * np.abs(np.asarray(want.logits)).max())
+
+
 @pytest.mark.parametrize(
     ("rules", "sizes"), [(RULES, (4, 2, 1)), (TOGETHER, (2, 2, 2)), (Axes(**AROUND), (2, 4, 1))], ids=str
 )
