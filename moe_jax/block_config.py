@@ -160,6 +160,11 @@ class RouterConfig:
                 f"selection_bias or scale_input, got {others}"
             )
 
+    @property
+    def drops(self) -> bool:
+        """Whether choices beyond a capacity are dropped, so that each token's depend on all that run with it."""
+        return self.rule is not None and self.rule.drop_tokens
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPConfig:

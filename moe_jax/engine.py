@@ -144,7 +144,7 @@ def _prefill(architecture, sizes, record, weights, ids, lengths, forced, request
     down, across = -(-rows // sizes.rows), width // sizes.columns
     if down * across == 1:
         carry = run(carry, 0, 0)
-    else:  # the last rows may run twice, to the same end
+    else:  # the last rows may run twice, to the same end: with gates that drop, all is one piece
         first = lambda i: jnp.minimum(i // across * sizes.rows, rows - sizes.rows)
         column = lambda i: i % across * sizes.columns if across > 1 else 0
         carry = jax.lax.fori_loop(0, down * across, lambda i, carry: run(carry, first(i), column(i)), carry)

@@ -70,8 +70,9 @@ def generate(
     are filled with the pad token, else the end token. It stops when all rows have ended (a GPU up to 16 steps later).
     The cache begins with 512 columns, or twice the prompt's if that is more (fewer, if fewer can be needed), and
     doubles when it is full.
-    Long prompts run in pieces, so that what layers need beside the cache stays at about a gigabyte. With LongRoPE
-    (Phi-3.5-MoE) all rows rotate by the long factors if the longest could pass the original length.
+    Long prompts run in pieces, so that what layers need beside the cache stays at about a gigabyte; all at once where
+    gates drop by a capacity, which is that of all tokens. With LongRoPE (Phi-3.5-MoE) all rows rotate by the long
+    factors if the longest could pass the original length.
     Raises `ValueError` for arguments out of range, ids outside the vocabulary, or more tokens than the context.
 
     >>> from moe_jax.model import tiny_config
@@ -241,7 +242,12 @@ def _put(sharding: Sharding, request: Request) -> Request:
     forced = request.forced
     if forced is not None:
         forced = sharding.put(np.asarray(forced), PartitionSpec(None, *sharding.batch))
-    return dataclasses.replace(request, eos=eos, pad=pad, total=total, forced=forced)
+    key = request.key
+    if key is not None:
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        bits = sharding.put(fetched(jax.random.key_data(key) if typed else key))
+        key = jax.random.wrap_key_data(bits, impl=jax.random.key_impl(key)) if typed else bits
+    return dataclasses.replace(request, eos=eos, pad=pad, total=total, forced=forced, key=key)
 
 
 def _on_gpu(weights: Any) -> bool:
@@ -253,9 +259,12 @@ def _sizes(model: Model, rows: int, longest: int, room: int) -> tuple[int, Sizes
 
     The cache begins with all columns that can be needed if they are few or at most twice the prompt's, and doubles
     when it is full. A prompt with more tokens than run at once is cut into equal pieces: into rows, and into columns
-    where a single row is too long.
+    where a single row is too long. But not for gates that drop by a capacity, which is that of all tokens together.
     """
     width, limit = bucket(longest), _TOKENS or tokens_at_once(model.architecture, model.dtype.itemsize)
+    router = model.architecture.block.router
+    if router is not None and router.drops:
+        limit = rows * width
     across = -(-width // limit)
     columns = -(-width // (16 * across)) * 16
     width = across * columns

@@ -17,12 +17,12 @@ from pallas_kernels.expert_mlp.api import OPERATION
 from pallas_kernels.mxfp4 import GROUP
 
 from . import decoder, exchange
-from .axes import RULES, Axes
+from .axes import RULES, Axes, add_up
 from .block import Choice, RoutingRequest
 from .block_config import Architecture
 from .config import ModelConfig
 from .random_weights import draw, stored_forms
-from .sharding import Sharding, leaf_specs
+from .sharding import Sharding, leaf_specs, sharding_of
 from .sharding.place import placed
 from .weights import Weights, nested, parameters
 
@@ -98,12 +98,10 @@ class Model(nnx.Module):
         """
         table, made = parameters(config.architecture), {}
         forms = stored_forms(table, quantize, group_size)
-        sharding, shares = None, {}
-        if mesh is not None:
-            _, exchange_name = named_implementations(options.get("implementation"))
-            unit = group_size or (GROUP if quantize == "mxfp4" else 1)
-            sharding = Sharding(mesh, rules, exchange_name, unit)
-            shares = sharding.shares(config.architecture)
+        _, exchange_name = named_implementations(options.get("implementation"))
+        unit = group_size or (GROUP if quantize == "mxfp4" else 1)
+        sharding = sharding_of(mesh, rules, exchange_name, unit)
+        shares = {} if sharding is None else sharding.shares(config.architecture)
         for key, (name, p) in zip(jax.random.split(jax.random.key(seed), len(table)), table.items(), strict=True):
             made[name] = draw(key, name, p, dtype, forms.get(name), group_size)
             if sharding is not None:
@@ -261,7 +259,11 @@ def _forward(architecture, implementation, trace, keep, weights, ids, mask, forc
 
     def run(weights, ids, mask, forced):
         logits, normed, notes = _run(local, implementation, trace, keep, weights, ids, mask, forced)
-        choices = None if notes is None or notes.choices is None else vars(notes.choices)
+        choices = None if notes is None or notes.choices is None else dict(vars(notes.choices))
+        if choices is not None:  # those of one group that exchanges; the batch may lie along further axes
+            axes = local.block.axes
+            others = tuple(name for name in axes.batch if name not in axes.experts)
+            choices["overflow"] = add_up(choices["overflow"], others)
         return logits, normed, None if notes is None else notes.hidden, choices
 
     choices = dict.fromkeys(("logits", "ids", "weights"), layered) | {"overflow": PartitionSpec()}

@@ -237,14 +237,14 @@ class Hub(Member):
             messages = guest.receive()
             if messages == []:
                 self.guests.append(guest)
-            elif messages and self.listener:
+            elif messages and self.listener and _is_hello(messages[0]):
                 self.admit(guest, messages[0])
             else:
                 guest.socket.close()
         super().hear_monitors()
 
     def admit(self, guest: Channel, hello: dict) -> None:
-        rank, count, who = hello.get("rank"), hello.get("count"), hello["text"]
+        rank, count, who = hello["rank"], hello["count"], hello["text"]
         if count != self.job.count or rank not in range(count) or rank in self.who:
             twice = rank in self.who and f"there are {who} and {self.who[rank]}"
             text = twice or f"{who} is one of {count} processes, and process 0 one of {self.job.count}"
@@ -303,6 +303,12 @@ class Hub(Member):
             self.broadcast(kind, text)
             self.close_door()
         super().conclude(kind, text)
+
+
+def _is_hello(message: dict) -> bool:
+    """Whether it is from a monitor that joins: anything may connect to an open port."""
+    kinds = {"text": str, "rank": int, "count": int}
+    return message["kind"] == "hello" and all(type(message.get(name)) is kind for name, kind in kinds.items())
 
 
 def _name(job: Job) -> str:

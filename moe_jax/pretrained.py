@@ -26,7 +26,7 @@ from .model import Model, named_implementations
 from .placement import Placement
 from .quantize import encoder
 from .shard import gather
-from .sharding import Sharding
+from .sharding import sharding_of
 from .weights import flattened
 
 _log = logging.getLogger(__name__)
@@ -65,9 +65,7 @@ def load_pretrained(
     """
     dtype = working_dtype(dtype)
     _, exchange = named_implementations(implementation)  # refuses unknown names before anything is read
-    if mesh is None and placement is not None:
-        raise ValueError("placement: of experts on ranks, but mesh is None")
-    sharding = None if mesh is None else Sharding(mesh, rules, exchange, placement=placement)
+    sharding = sharding_of(mesh, rules, exchange, placement=placement)
     encode = _encoder(quantize, group_size)
     checkpoint: TensorSource
     if os.fspath(path_or_id).endswith(".gguf"):

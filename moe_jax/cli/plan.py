@@ -1,6 +1,7 @@
 """`moe-jax plan`: what a model needs on devices that need not be there, from its compiled programs."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, metavar="N", help="inputs per int8 scale; a row if unset")
     parser.add_argument("--kv-cache-dtype", choices=["int8"], help="keys and values in int8")
     parser.add_argument("--exchange", choices=list(EXCHANGES), help="between experts (default: by size)")
-    rules = "tokens spread over the ranks that hold experts, or together on all of them (few rows)"
-    parser.add_argument("--rules", choices=list(NAMED), default="spread", help=rules)
+    rules = "tokens spread over the ranks that hold experts (default), or together on all; a search tries both"
+    parser.add_argument("--rules", choices=list(NAMED), help=rules)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -57,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     topology = open_topology(options.topology)
     if topology.note:
         note(topology.note)
-    plan = _search(job, topology) if options.search else make_plan(job, topology, options.mesh, note)
+    tables = (options.rules,) if options.rules else tuple(NAMED)
+    plan = _search(job, topology, tables) if options.search else make_plan(job, topology, options.mesh, note)
     print(json.dumps(as_json(plan)) if options.json else as_text(plan))
     return 0 if plan.fits else 1
 
@@ -76,17 +78,17 @@ def _job(options: argparse.Namespace, kind: str) -> Job:
         group_size=options.group_size,
         cache=options.kv_cache_dtype,
         exchange=options.exchange,
-        rules=options.rules,
+        rules=options.rules or "spread",
     )
 
 
-def _search(job: Job, topology: Topology) -> Plan:
+def _search(job: Job, topology: Topology, tables: tuple[str, ...]) -> Plan:
     """The first of the likely best meshes whose programs fit; if none does, the last one that was tried."""
-    found = search(job, topology)
+    found = search(job, topology, tables)
     note(f"{len(found)} meshes, by formula:\n{estimates_as_text(found, topology.device.memory)}")
     for one in found[:_TRIES]:
-        note(f"mesh {', '.join(f'{name} {size}' for name, size in one.sizes.items())}")
-        plan = make_plan(job, topology, one.sizes, note)
+        note(f"mesh {', '.join(f'{name} {size}' for name, size in one.sizes.items())}, tokens {one.rules}")
+        plan = make_plan(dataclasses.replace(job, rules=one.rules), topology, one.sizes, note)
         if plan.fits:
             break
         note("does not fit")

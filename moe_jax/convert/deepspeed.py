@@ -18,7 +18,7 @@ from ..deepspeed.moe import MoE
 from ..deepspeed.translate import DataFlow
 from ..model import Model, named_implementations
 from ..pretrained import working_dtype
-from ..sharding import Sharding
+from ..sharding import sharding_of
 from .deepspeed_files import DeepSpeedFiles, open_checkpoint, stack_state_dicts
 from .deepspeed_int8 import quantize_groups
 from .deepspeed_settings import checkpoint_version, hub_config, read_settings
@@ -162,7 +162,7 @@ def load_checkpoint(
     try:
         source = _Source(files)
         model_config = ModelConfig.from_dict(hub_config(settings, files))
-        sharding = None if mesh is None else Sharding(mesh, rules, exchange)
+        sharding = sharding_of(mesh, rules, exchange)
         loaded = load_weights(source, model_config, dtype, sharding=sharding)
     finally:
         files.close()

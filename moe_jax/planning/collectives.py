@@ -1,7 +1,6 @@
 """What a compiled program sends between devices, read from its text."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator
@@ -60,6 +59,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
 class _Reader:
     def __init__(self, program: Program, devices: int):
         self.blocks, self.devices = program.computations, devices
+        self._sending: dict[str, bool] = {}
 
     def read(self, block: str) -> Iterator[Collective]:
         """Those of a computation, and of all that it calls."""
@@ -78,13 +78,14 @@ class _Reader:
                     found = (dataclasses.replace(c, branch=True) for c in found)
                 yield from found
 
-    @functools.cache  # noqa: B019  the reader lives as long as a call
     def _sends(self, block: str) -> bool:
         """Whether a computation, or one that it calls, has any."""
-        return any(
-            one.opcode.removesuffix("-done") in KINDS or any(map(self._sends, _called(one)))
-            for one in self.blocks.get(block, {}).values()
-        )
+        if block not in self._sending:
+            self._sending[block] = any(
+                one.opcode.removesuffix("-done") in KINDS or any(map(self._sends, _called(one)))
+                for one in self.blocks.get(block, {}).values()
+            )
+        return self._sending[block]
 
     def _goes_on(self, one: Instruction, block: str) -> bool:
         """Whether it only stands for one that began elsewhere: on TPUs, in each fusion from its start to its end."""

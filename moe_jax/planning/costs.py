@@ -120,12 +120,13 @@ def _hit(architecture: Architecture, sharding: Sharding, run: Passes) -> float:
     if not architecture.moe_layers:
         return 0.0
     mean = sum(architecture.expert_counts) / len(architecture.expert_counts)
-    tokens = run.tokens * _ranks(sharding)
+    tokens = run.tokens * ranks_of_tokens(sharding)
     return 1 - (1 - min(1.0, architecture.block.router.top_k / mean)) ** tokens
 
 
-def _ranks(sharding: Sharding) -> int:
-    return math.prod(sharding.sizes[name] for name in sharding.axes.experts)
+def ranks_of_tokens(sharding: Sharding) -> int:
+    """Over how many ranks of experts tokens are spread: all of them, or one where they lie together on all."""
+    return math.prod(sharding.sizes[name] for name in sharding.axes.experts if name in sharding.axes.batch)
 
 
 def _products(job: Job, sharding: Sharding) -> tuple[float, int]:
@@ -146,7 +147,8 @@ def _products(job: Job, sharding: Sharding) -> tuple[float, int]:
     experts = float(sum(size for name, size in kernels.items() if table[name].experts))
     plain = sum(kernels.values()) - experts
     if experts:
-        experts *= router.top_k * _ranks(sharding) * len(architecture.moe_layers) / sum(architecture.expert_counts)
+        tokens = ranks_of_tokens(sharding)
+        experts *= router.top_k * tokens * len(architecture.moe_layers) / sum(architecture.expert_counts)
     return plain + experts, head
 
 

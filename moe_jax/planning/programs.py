@@ -60,6 +60,8 @@ class Job:
         if self.context > (most := self.config.architecture.context):
             raise ValueError(f"context: {self.context} tokens exceed the model's {most}")
         check(self.exchange)
+        if self.rules not in NAMED:
+            raise ValueError(f"rules: {self.rules!r} is no table; there are: {', '.join(NAMED)}")
         stored_forms(parameters(self.config.architecture), self.quantize, self.group_size)
 
     @property

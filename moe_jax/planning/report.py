@@ -13,6 +13,7 @@ def as_text(plan: Plan) -> str:
     """Memory, collectives and rooflines of each device as tables, and what is to be known of them."""
     job, topology = plan.job, plan.topology
     mesh = ", ".join(f"{name} {size}" for name, size in plan.sizes.items())
+    mesh += "" if job.rules == "spread" else f", tokens {job.rules}"
     stored = job.dtype + (f" with {job.quantize} weights" if job.quantize else "")
     stored += f" and {job.cache} cache" if job.cache else ""
     lines = [
@@ -87,10 +88,11 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def estimates_as_text(found: list[Estimate], memory: float, most: int = 8) -> str:
     """The first `most` meshes of a search as a table."""
-    header = ["mesh (data x expert x model), estimated", "memory", "fits", "prefill, ms", "step, ms"]
+    header = ["mesh (data x expert x model), estimated", "tokens", "memory", "fits", "prefill, ms", "step, ms"]
     rows = [
         [
             " x ".join(str(size) for size in one.sizes.values()),
+            one.rules,
             _bytes(one.nbytes),
             "yes" if one.nbytes <= memory else "no",
             f"{1e3 * one.prefill:.0f}",

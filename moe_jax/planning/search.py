@@ -1,13 +1,15 @@
 """`search`: which mesh of all devices is likely the fastest that fits, by formula."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from ..axes import NAMED
 from ..engine import _BYTES
 from ..sharding import Sharding
 from ..sharding.mesh import make_mesh as mesh_of
-from .costs import cache_bytes, passes, roofline, work
+from .costs import cache_bytes, passes, ranks_of_tokens, roofline, work
 from .devices import Topology
 from .programs import Job, abstract_weights, device_bytes
 from .wire import expected
@@ -17,27 +19,31 @@ from .wire import expected
 class Estimate:
     """What a mesh is likely to need: bytes on each device, and seconds of a prefill and of its last decode step.
 
-    `seconds`: of the whole job, if all of its steps take as long as the last.
+    `rules`: the table of `axes.NAMED` that it goes with. `seconds`: of the whole job, if all of its steps take as long
+    as the last.
     """
 
     sizes: dict[str, int]
+    rules: str
     nbytes: float
     prefill: float
     step: float
     seconds: float
 
 
-def search(job: Job, topology: Topology) -> list[Estimate]:
-    """Every mesh of all devices, those that are likely to fit first, the fastest of them first.
+def search(job: Job, topology: Topology, rules: Sequence[str] = tuple(NAMED)) -> list[Estimate]:
+    """Every mesh of all devices with each table of `rules`, those likely to fit first, the fastest of them first.
 
-    Nothing is compiled. Meshes that the model does not go with are left out; `ValueError` if that is all of them.
+    Nothing is compiled, and the job's own table does not matter. Meshes that the model does not go with are left out;
+    `ValueError` if that is all of them.
     """
     found, errors = [], []
     for sizes in meshes(len(topology.devices)):
-        try:
-            found.append(estimate(job, topology, sizes))
-        except ValueError as error:
-            errors.append(str(error))
+        for name in rules if sizes["expert"] > 1 else rules[:1]:  # which differ in what lies along that axis
+            try:
+                found.append(estimate(dataclasses.replace(job, rules=name), topology, sizes))
+            except ValueError as error:
+                errors.append(str(error))
     if not found:
         raise ValueError(f"search: no mesh of {len(topology.devices)} devices goes with {job.name}: {errors[0]}")
     fits = lambda one: one.nbytes <= topology.device.memory
@@ -64,7 +70,7 @@ def estimate(job: Job, topology: Topology, sizes: dict[str, int]) -> Estimate:
         for stage in ("prefill", "decode")
     )
     nbytes = device_bytes(weights) + cache_bytes(job, sharding) + _temporaries(job, sharding)
-    return Estimate(sizes, nbytes, prefill, step, prefill + (job.new - 1) * step)
+    return Estimate(sizes, job.rules, nbytes, prefill, step, prefill + (job.new - 1) * step)
 
 
 def _temporaries(job: Job, sharding: Sharding) -> float:
@@ -77,6 +83,7 @@ def _temporaries(job: Job, sharding: Sharding) -> float:
     if not architecture.moe_layers:
         return float(_BYTES)
     block, ranks = architecture.block, sharding.sizes["expert"]
-    whole = not job.exchange or job.exchange in ("replicated", "all_to_all")  # the second pass replicates tokens
-    tokens = run.tokens * (ranks if whole or job.exchange == "ragged_all_to_all" else 1)
+    tokens = run.tokens * ranks_of_tokens(sharding)
+    if job.exchange == "ring":  # in all others a rank may get everyone's tokens
+        tokens = -(-tokens // ranks)
     return _BYTES + 3.0 * tokens * block.router.top_k * block.width * jnp.dtype(job.dtype).itemsize

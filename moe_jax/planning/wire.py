@@ -6,7 +6,7 @@ from ..exchange import all_to_all, chosen
 from ..sharding import Sharding
 from ..weights import parameters
 from .collectives import Collective, mesh_group
-from .costs import Passes, passes
+from .costs import Passes, passes, ranks_of_tokens
 from .programs import Job, Stage
 
 
@@ -39,18 +39,28 @@ def _along(sharding: Sharding, axes: tuple[str, ...], kind: str, nbytes: int, ti
 
 def _exchange(job: Job, sharding: Sharding, run: Passes) -> list[tuple[str, int, int]]:
     """Kind, bytes that arrive, and number of what one layer's exchange between experts sends."""
-    block, tokens = job.config.architecture.block, run.tokens
-    ranks, choices = len(mesh_group(sharding.sizes, sharding.axes.experts)), block.router.top_k
-    row, both = block.width * jnp.dtype(job.dtype).itemsize, 2 * choices * 4  # ids and weights
-    name = job.exchange or chosen(tokens, choices, ranks)
+    block, ranks = job.config.architecture.block, len(mesh_group(sharding.sizes, sharding.axes.experts))
+    spread = ranks_of_tokens(sharding) == ranks
+    tokens = run.tokens if spread else -(-run.tokens // ranks)
+    row = block.width * jnp.dtype(job.dtype).itemsize
+    name = job.exchange or chosen(tokens, block.router.top_k, ranks)
+    if spread:
+        last = sharding.axes.batch[-len(sharding.axes.experts) :]
+        known = block.router.rule is not None and last == sharding.axes.experts
+        return _between(name, tokens, row, block.router.top_k, ranks, known)
+    if name == "replicated":  # tokens are there already
+        return [("all-reduce", run.tokens * row, 1)]
+    return [*_between(name, tokens, row, block.router.top_k, ranks), ("all-gather", ranks * tokens * row, 1)]
+
+
+def _between(
+    name: str, tokens: int, row: int, choices: int, ranks: int, known: bool = False
+) -> list[tuple[str, int, int]]:
+    """What an exchange sends of `tokens` on each rank, `row` bytes each; `known`: everyone's ids and weights are."""
+    both = 2 * choices * 4
     if name == "replicated":
-        every = ranks * tokens
-        known = (
-            block.router.rule is not None
-            and sharding.axes.batch[-len(sharding.axes.experts) :] == sharding.axes.experts
-        )
-        ids = [] if known else [("all-gather", every * both, 1)]
-        return [("all-gather", every * row, 1), *ids, ("reduce-scatter", tokens * row, 1)]
+        ids = [] if known else [("all-gather", ranks * tokens * both, 1)]
+        return [("all-gather", ranks * tokens * row, 1), *ids, ("reduce-scatter", tokens * row, 1)]
     if name == "ring":
         return [("collective-permute", tokens * row, 2 * ranks), ("collective-permute", tokens * both, ranks)]
     if name == "ragged_all_to_all":

@@ -2,6 +2,6 @@
 
 from ..axes import RULES, Axes
 from .mesh import make_mesh
-from .sharding import Sharding, fetched, leaf_specs
+from .sharding import Sharding, fetched, leaf_specs, sharding_of
 
-__all__ = ["RULES", "Axes", "Sharding", "fetched", "leaf_specs", "make_mesh"]
+__all__ = ["RULES", "Axes", "Sharding", "fetched", "leaf_specs", "make_mesh", "sharding_of"]

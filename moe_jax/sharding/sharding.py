@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.quantized import QuantizedArray, is_quantized
 
@@ -26,8 +26,9 @@ TABLES = "moe.slots", "moe.copies"
 class Sharding:
     """Where a model lies: `mesh`, the mesh axes of each logical axis, and how tokens meet other devices' experts.
 
-    `exchange`: a name of `moe_jax.exchange`, None to choose by size. `unit`, `placement`: see `shares`. Raises
-    `ValueError` for axes that the mesh does not have.
+    `exchange`: a name of `moe_jax.exchange`, None to choose by size. `unit`, `placement`: see `shares`. A mesh whose
+    axes are of another type than `AxisType.Auto`, as `jax.make_mesh` makes them, is taken as if they were. Raises
+    `ValueError` for what is no mesh, table or placement, and for axes that the mesh does not have.
     """
 
     mesh: Mesh
@@ -39,8 +40,15 @@ class Sharding:
     def __post_init__(self):
         if not isinstance(self.mesh, Mesh):
             raise ValueError(f"mesh: {self.mesh!r} is no jax.sharding.Mesh; moe_jax.make_mesh makes one")
+        if not isinstance(self.axes, Axes):
+            raise ValueError(f"rules: {self.axes!r} is no moe_jax.Axes; moe_jax.axes.NAMED has some by name")
+        if not isinstance(self.placement, Placement | None):
+            raise ValueError(f"placement: {self.placement!r} is no moe_jax.Placement; moe_jax.balance makes one")
         if missing := sorted(self.axes.names() - set(self.mesh.axis_names)):
             raise ValueError(f"mesh: has axes {self.mesh.axis_names}, not {', '.join(missing)}")
+        types = (AxisType.Auto,) * len(self.mesh.axis_names)
+        if self.mesh.axis_types != types:
+            object.__setattr__(self, "mesh", Mesh(self.mesh.devices, self.mesh.axis_names, axis_types=types))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -84,6 +92,23 @@ class Sharding:
     def map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` of one device's parts as a function of whole arrays."""
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def sharding_of(
+    mesh: Mesh | None,
+    rules: Axes = RULES,
+    exchange: str | None = None,
+    unit: int = 1,
+    placement: Placement | None = None,
+) -> Sharding | None:
+    """The `Sharding` of a mesh, or None without one; `ValueError` for rules or a placement that would mean nothing."""
+    if mesh is not None:
+        return Sharding(mesh, rules, exchange, unit, placement)
+    if placement is not None:
+        raise ValueError("placement: of experts on ranks, but mesh is None")
+    if rules != RULES:
+        raise ValueError(f"rules: {rules!r} say what lies where on a mesh, but mesh is None")
+    return None
 
 
 def fetched(x: jax.Array) -> np.ndarray:

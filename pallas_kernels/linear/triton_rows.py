@@ -21,7 +21,7 @@ from . import stored, xla
 #: Rows of x up to which reading the weights is all the time there is.
 MAX_ROWS = 64
 #: Inputs that a part of a split product has at least, and programs that are enough for a GPU's multiprocessors.
-LEAST_SPLIT, _PROGRAMS = 256, 128
+_LEAST_SPLIT, _PROGRAMS = 256, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tile:
 def choose(rows: int, size: int, width: int) -> Tile:
     """How products of `rows` of x with `size` rows of kernels of `width` inputs are cut, see docs/decisions.md."""
     few = size <= 256  # a router's
-    splits = min(8 if few else _PROGRAMS * 64 // size, width // LEAST_SPLIT)
+    splits = min(8 if few else _PROGRAMS * 64 // size, width // _LEAST_SPLIT)
     if few:
         return Tile(rows=16, depth=256, stages=2, splits=max(1, splits))
     depth, stages = (256, 4) if rows <= 16 else (128, 6)

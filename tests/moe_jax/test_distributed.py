@@ -1,8 +1,10 @@
 """Several processes on one machine: results, and how the others end when one is killed, fails or never comes."""
 
+import contextlib
 import socket
 import sys
 import textwrap
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,6 +91,31 @@ def test_a_process_that_never_comes(address):
                 one.result()
     with pytest.raises(TimeoutError, match=f"process 0 did not come to {address} within 0.5 s"):
         distributed.initialize(address, 2, 1, timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"GET / HTTP/1.1", b'{"kind": "scan"}', b'{"kind": "hello", "text": "me", "rank": true, "count": 2}', b"[1]"],
+)
+def test_strangers_at_the_door_are_sent_away(address, line):
+    host, port = address.split(":")
+    with ThreadPoolExecutor() as pool:
+        came = pool.submit(distributed.initialize, address, 2, 0, timeout=3)
+        stranger = knock(host, int(port))
+        with stranger:
+            stranger.sendall(line + b"\n")
+            assert stranger.recv(1) == b""
+        with pytest.raises(TimeoutError, match="1 of 2 processes came to .*; missing: 1"):
+            came.result()
+
+
+def knock(host, port):
+    """A connection to a port that is about to be opened."""
+    for _ in range(200):
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection((host, port), timeout=10)
+        time.sleep(0.02)
+    raise AssertionError("nobody listens")
 
 
 def test_processes_that_contradict_each_other(address):

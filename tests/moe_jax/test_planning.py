@@ -139,6 +139,37 @@ def test_other_exchanges_send_what_the_formula_says(name):
     assert any(c.branch for c in plan.stages[0].sent) == (name == "all_to_all")
 
 
+@pytest.mark.parametrize("name", [None, "ring", "all_to_all"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_with_tokens_together_as_well(sizes, name):
+    one = job(exchange=name, rules="together", batch=20)
+    plan = make_plan(one, open_topology("cpu:8"), dict(zip(AXES, sizes, strict=True)))
+    for stage in plan.stages:
+        wanted = expected(one, one.sharding(make_mesh(*sizes)), stage.stage)
+        assert sent(stage.sent) == pytest.approx(sent(wanted))
+
+
+@pytest.mark.parametrize("rules", ["spread", "together"])
+def test_experts_do_the_same_work_in_all_wherever_tokens_are(rules):
+    """Of eight devices an eighth each; what is not experts' stands on one rank for each token, or on all."""
+    one, mesh = job(rules=rules, batch=64), make_mesh(expert=8)
+    alone = job(batch=64 // (8 if rules == "spread" else 1))
+    for stage in ("prefill", "decode"):
+        whole, rest, got = (
+            work(j, s, stage, abstract_weights(j, s))
+            for j, s in (
+                (job(batch=64), job().sharding(make_mesh())),
+                (alone, alone.sharding(make_mesh())),
+                (one, one.sharding(mesh)),
+            )
+        )
+        a, tokens = one.config.architecture, 64 * (one.context - one.new if stage == "prefill" else 1)
+        experts = 2 * len(a.moe_layers) * a.block.router.top_k * 3 * a.block.width * a.block.experts.hidden
+        plain = rest.flops - experts * tokens // (8 if rules == "spread" else 1)
+        assert got.flops == pytest.approx(plain + experts * tokens / 8)
+        assert got.nbytes < whole.nbytes
+
+
 def test_many_rows_run_in_pieces_and_count_so():
     """Prompts of 4 times as many tokens as run at once: a loop around the loop over layers."""
     one = job(batch=1024, context=128, new=16)
@@ -257,8 +288,10 @@ def test_links_within_a_node_and_beyond():
 
 
 def test_a_search_tries_all_meshes():
-    found = search(job(), open_topology("cpu:8"))
+    found = search(job(), open_topology("cpu:8"), ["spread"])
     assert len(found) == len(meshes(8)) == 10
+    both = search(job(), open_topology("cpu:8"))
+    assert len(both) == 16 and set(map(repr, found)) < set(map(repr, both))  # of 10 meshes, 6 have ranks of experts
     assert all(np.prod(list(one.sizes.values())) == 8 for one in found)
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
 

@@ -8,7 +8,7 @@ from core_models import golden_model
 from test_golden import QUICK
 
 import moe_jax
-from moe_jax import ModelConfig, make_mesh
+from moe_jax import ModelConfig, generation, make_mesh
 from moe_jax.axes import RULES, TOGETHER, Axes
 from moe_jax.benchmarks.models import find_config
 from moe_jax.benchmarks.work import uniform_routing
@@ -90,6 +90,8 @@ def test_sampled_ids_penalties_and_rows_that_end_are_those_of_one_device():
     sampled |= {"eos_token_id": end}
     want, got = (moe_jax.generate(one, ids, mask, **sampled) for one in (whole, model))
     np.testing.assert_array_equal(got, want)
+    sampled |= {"key": jax.device_put(jax.random.key(1), jax.devices()[3])}  # a key that lies somewhere
+    np.testing.assert_array_equal(moe_jax.generate(model, ids, mask, **sampled), want)
     for ours, theirs in zip(moe_jax.stream(model, ids, mask, **sampled), want[:, ids.shape[1] :].T, strict=False):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -112,6 +114,18 @@ def test_tokens_that_find_no_room_are_counted():
     np.testing.assert_allclose(got.logits, want.logits, atol=1e-5 * np.abs(np.asarray(want.logits)).max())
     assert (np.asarray(got.overflow) > 0).all()
     assert not np.asarray(want.overflow).any()
+
+
+def test_tokens_of_all_groups_that_exchange_are_counted():
+    (_, model), (_, half) = (spread("mixtral", (data, 4, 1), "all_to_all") for data in (2, 1))
+    ids = np.random.default_rng(0).integers(0, 160, (8, 100))
+    crowded = [np.zeros((8, 100, 2), int) + [0, 1]] * 3
+    crowded = [np.where(np.arange(8)[:, None, None] < 4, layer, [[[2, 7]]]) for layer in crowded]
+    got = model(ids, routing=crowded, return_record=True)
+    parts = [half(ids[i : i + 4], routing=[layer[i : i + 4] for layer in crowded], return_record=True) for i in (0, 4)]
+    counted = [np.asarray(part.overflow) for part in parts]
+    assert (0 < counted[0]).all() and (counted[0] < counted[1]).all()
+    np.testing.assert_array_equal(got.overflow, sum(counted))
 
 
 @pytest.mark.parametrize("choices", [1, 2])
@@ -144,6 +158,21 @@ def test_a_capacity_is_that_of_the_rows_there_are(rules, sizes):
         np.testing.assert_array_equal(got.ids, want.ids)
         for ours, theirs in zip(got.expert_ids, want.expert_ids, strict=True):
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_capacity_is_that_of_all_tokens_of_long_prompts(monkeypatch):
+    """Prompts that other models run in pieces: all that a gate ranks runs at once, on one device and on eight."""
+    hub = find_config("configs/tiny/deepspeed_moe.json").to_dict()
+    hub |= dict(num_experts=[0, 8, 0, 8], num_experts_per_tok=2, eval_capacity_factor=0.5, min_capacity=1)
+    whole = moe_jax.Model.initialize(ModelConfig.from_dict(hub), seed=1)
+    ids = np.random.default_rng(0).integers(0, whole.architecture.vocab_size, (10, 40))
+    given = dict(max_new_tokens=3, eos_token_id=(), return_record=True)
+    want = whole(ids, return_record=True).expert_ids
+    monkeypatch.setattr(generation, "_TOKENS", 96)
+    for model in (whole, moe_jax.shard(whole, make_mesh(2, 2, 2)), moe_jax.shard(whole, make_mesh(1, 4, 2), TOGETHER)):
+        got = moe_jax.generate(model, ids, **given).expert_ids
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_array_equal(ours[:, :40], theirs)
 
 
 @pytest.mark.parametrize("bits", ["int8", "mxfp4"])

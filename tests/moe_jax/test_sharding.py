@@ -10,7 +10,7 @@ from core_models import folder, golden_model
 
 import moe_jax
 from moe_jax import Axes, ModelConfig, make_mesh
-from moe_jax.axes import RULES
+from moe_jax.axes import RULES, TOGETHER
 from moe_jax.model import Model, tiny_config
 from moe_jax.sharding import Sharding
 from moe_jax.sharding.mesh import mesh_sizes
@@ -54,6 +54,23 @@ def test_meshes():
         moe_jax.load_pretrained(folder("mixtral"), mesh="cpu:8")
     with pytest.raises(ValueError, match="not rows"):
         Sharding(make_mesh(), Axes(batch=("rows",)))
+    with pytest.raises(ValueError, match=r"rules: 'together' is no moe_jax.Axes; moe_jax.axes.NAMED has some"):
+        moe_jax.load_pretrained(folder("mixtral"), mesh=make_mesh(expert=8), rules="together")
+    with pytest.raises(ValueError, match="rules: .* say what lies where on a mesh, but mesh is None"):
+        moe_jax.load_pretrained(folder("mixtral"), rules=TOGETHER)
+    with pytest.raises(ValueError, match=r"placement: \[\[0\]\] is no moe_jax.Placement"):
+        moe_jax.shard(golden_model("mixtral"), make_mesh(expert=8), placement=[[0]])
+
+
+def test_a_mesh_as_jax_makes_it():
+    """Its axes are of type Explicit, where shardings are part of types: this library's are not."""
+    mesh = jax.make_mesh((2, 4, 1), ("data", "expert", "model"))
+    whole = golden_model("mixtral")
+    model = moe_jax.shard(whole, mesh)
+    ids = [[1, 2, 3, 4], [5, 6, 7, 8]]
+    np.testing.assert_allclose(model(ids), whole(ids), atol=1e-5)
+    want, got = (moe_jax.generate(one, ids, max_new_tokens=3, temperature=1.0, key=1) for one in (whole, model))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(
