@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 # required in 0.10, deprecated in 0.11, gone in 0.12
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
@@ -21,6 +22,11 @@ def interpret_gpu() -> Any:
     """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter."""
     module: Any = plgpu  # jax 0.10's has no such name
     return module.InterpretGPUParams()
+
+
+def interpret_tpu(cores: int = 1) -> Any:
+    """The `interpret=` of a TPU kernel in JAX's simulation: races are looked for, memory that is not written is NaN."""
+    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
 
 
 def load_registers(ref: Any, layout: Any) -> jax.Array:
@@ -38,6 +44,17 @@ def num_sms() -> int:
     described = jax.sharding.get_abstract_mesh().abstract_device
     cores = described.num_cores if described is not None else getattr(_default_device(), "core_count", None)
     return cores or 132
+
+
+def num_tpu_cores() -> int:
+    """Cores that a TPU device has by itself, of the TPU that is traced for; 1 where it is not known.
+
+    >>> num_tpu_cores()
+    1
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    cores = described.num_cores if described is not None else getattr(_default_device(), "num_cores", None)
+    return cores or 1
 
 
 def device_kind() -> str:

@@ -204,7 +204,7 @@ def _lying(sharding: Sharding, array: Any, spec: PartitionSpec) -> jax.ShapeDtyp
 
 
 def _traced_for(sharding: Sharding) -> contextlib.AbstractContextManager:
-    """Kernels for GPUs are cut for the device that is traced for, which a mesh of absent ones must tell."""
-    if sharding.mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+    """Kernels are cut for the device that is traced for, which a mesh of absent ones must tell."""
+    if sharding.mesh.devices.flat[0].platform == "cpu":
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)

@@ -12,7 +12,7 @@ from ..experts import Experts
 from ..plan import Plan
 from ..registry import Implementation, Operation
 from ..routing import route_tokens
-from . import mosaic_gpu, triton_row, xla_capacity, xla_ragged, xla_tiles
+from . import mosaic_gpu, tpu, triton_row, xla_capacity, xla_ragged, xla_tiles
 
 
 def _then_add(run):
@@ -31,12 +31,14 @@ OPERATION = Operation(
     {
         "triton_row": Implementation(triton_row.routed_mlp, triton_row.refuse, platform="cuda"),
         "mosaic_gpu": Implementation(_then_add(mosaic_gpu.routed_mlp), mosaic_gpu.refuse, platform="cuda"),
+        "tpu": Implementation(_then_add(tpu.routed_mlp), tpu.refuse, platform="tpu"),
         "xla_tiles": Implementation(_then_add(xla_tiles.routed_mlp)),
         "xla_ragged": Implementation(_then_add(xla_ragged.routed_mlp), by_choice=False),
         "mosaic_gpu_interpreted": Implementation(
             _then_add(mosaic_gpu.interpreted), mosaic_gpu.refuse_interpreted, by_choice=False
         ),
         "triton_row_interpreted": Implementation(triton_row.interpreted, triton_row.refuse, by_choice=False),
+        "tpu_interpreted": Implementation(_then_add(tpu.interpreted), tpu.refuse, by_choice=False),
     },
 )
 
@@ -59,7 +61,8 @@ def routed_mlp(
     the integer `layer`, which may be traced (the stack is never sliced by layer). `plan`: the plan of these ids, if
     the caller has one. `residual` `[G, D]` is added to the result. `implementation`: `triton_row` (CUDA, one token,
     kernels with the contraction last, in bfloat16, float16 or int8; chosen there), `mosaic_gpu` (kernels for Hopper
-    GPUs, bfloat16 or float16, D and F multiples of 64; chosen there), `xla_tiles` (a loop over the tiles of the plan;
+    GPUs, bfloat16 or float16, D and F multiples of 64; chosen there), `tpu` (one kernel, bfloat16, float32 or int8 with
+    a scale for each output; chosen on TPUs), `xla_tiles` (a loop over the tiles of the plan;
     chosen elsewhere) or `xla_ragged` (`jax.lax.ragged_dot`). All are differentiable.
     Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other, for a `layer` that there
     is not, unless it is traced, and for a named implementation that does not take the call or, when the program is

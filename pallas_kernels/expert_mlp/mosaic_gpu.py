@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from .. import compat
 from ..plan import Plan, make_plan
 from . import mosaic_forms, xla_tiles
+from .combine import combine
 from .mosaic_kernel import Product, grouped_product
 from .mosaic_tilings import TILE_ROWS, Tilings, choose
 
@@ -106,30 +107,14 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
     return hidden, lambda h: grouped_product(down, h, [flat.down], given(flat.down_bias), plan, layer)
 
 
-def combine(rows, slot, weights, dtype):
-    """`sum over a of weights[g, a] * rows[slot[g, a]]` in float32, term by term; a sentinel slot adds nothing.
-
-    Written out, so that a token's sum is the same whatever the batch.
-    """
-    with jax.named_scope("combine"):
-        total = 0.0
-        for a in range(slot.shape[1]):
-            at, weight = slot[:, a], weights[:, a, None].astype(jnp.float32)
-            row = rows.at[at].get(mode="clip").astype(jnp.float32)
-            total += jnp.where((at < rows.shape[0])[:, None], row * weight, 0)
-        return total.astype(dtype)
-
-
 def _forward(x, ids, weights, experts, plan, layer, tilings, interpret):
     return _run(x, ids, weights, experts, plan, layer, tilings, interpret), (x, ids, weights, experts, layer)
 
 
 def _backward(tilings, interpret, saved, d_y):
-    """Through the tile loop, which recomputes the hidden rows: grouped products for input and weight gradients."""
     del tilings, interpret
     x, ids, weights, experts, layer = saved
-    run = lambda x, weights, experts: xla_tiles.routed_mlp(x, ids, weights, experts, None, layer)
-    d_x, d_weights, d_experts = jax.vjp(run, x, weights, experts)[1](d_y)
+    d_x, d_weights, d_experts = xla_tiles.gradients(x, ids, weights, experts, layer, d_y)
     return d_x, None, d_weights, d_experts, None, None
 
 

@@ -165,11 +165,9 @@ def _forward(x, ids, weights, experts, layer, residual, interpret):
 
 
 def _backward(interpret, saved, d_y):
-    """Through the tile loop, which recomputes the hidden rows."""
     del interpret
     x, ids, weights, experts, layer, residual = saved
-    run = lambda x, weights, experts: xla_tiles.routed_mlp(x, ids, weights, experts, None, layer)
-    d_x, d_weights, d_experts = jax.vjp(run, x, weights, experts)[1](d_y)
+    d_x, d_weights, d_experts = xla_tiles.gradients(x, ids, weights, experts, layer, d_y)
     return d_x, None, d_weights, d_experts, None, None if residual is None else d_y
 
 

@@ -32,6 +32,15 @@ def routed_mlp(x, ids, weights, experts, plan, layer):
     return combine(rows, jnp.where(nowhere, packed, slot), weights, x.dtype)
 
 
+def gradients(x, ids, weights, experts, layer, d_y):
+    """Cotangents of `x`, `weights` and `experts`, for implementations that have no backward pass of their own.
+
+    The loop recomputes the hidden rows: grouped products for input and weight gradients.
+    """
+    run = lambda x, weights, experts: routed_mlp(x, ids, weights, experts, None, layer)
+    return jax.vjp(run, x, weights, experts)[1](d_y)
+
+
 class _Tiles(NamedTuple):
     """What the loop over tiles reads of a plan.
 

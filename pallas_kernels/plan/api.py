@@ -5,15 +5,17 @@ from jaxtyping import Int
 
 from ..dims import Array as AnyArray
 from ..registry import Implementation, Operation
-from . import triton, xla
+from . import tpu, triton, xla
 from .value import Plan
 
 OPERATION = Operation(
     "make_plan",
     {
         "triton": Implementation(triton.make_plan, triton.refuse, platform="cuda"),
+        "tpu": Implementation(tpu.make_plan, tpu.refuse, platform="tpu"),
         "xla": Implementation(xla.make_plan),
         "triton_interpreted": Implementation(triton.interpreted, triton.refuse, by_choice=False),
+        "tpu_interpreted": Implementation(tpu.interpreted, tpu.refuse, by_choice=False),
     },
 )
 
@@ -25,7 +27,8 @@ def make_plan(
 
     Args: `ids` int `[G, A]`, an id outside `[0, num_experts)` takes no row; within an expert rows keep the order of
     `ids` read row by row. If `tile_rows >= G` the plan is in place, one tile per active expert. `implementation`:
-    `triton` (CUDA; counts and ranks in blocks, without a sort) or `xla` (one stable sort).
+    `triton` (CUDA; counts and ranks in blocks, without a sort), `tpu` (the same on TPUs, but for plans in place) or
+    `xla` (one stable sort).
 
     Raises `ValueError` for a shape that is not `[G, A]`, `num_experts < 1` or `tile_rows < 1`.
 

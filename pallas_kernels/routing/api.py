@@ -6,15 +6,17 @@ from jaxtyping import Array, Float, Int
 
 from ..dims import Array as AnyArray
 from ..registry import Implementation, Operation
-from . import router_triton, triton, xla
+from . import router_triton, tpu, triton, xla
 
 SCORES = ("softmax", "sigmoid", "sparsemixer")
 OPERATION = Operation(
     "route",
     {
         "triton": Implementation(triton.route, triton.refuse, platform="cuda"),
+        "tpu": Implementation(tpu.route, tpu.refuse, platform="tpu"),
         "xla": Implementation(xla.route),
         "triton_interpreted": Implementation(triton.interpreted, triton.refuse, by_choice=False),
+        "tpu_interpreted": Implementation(tpu.interpreted, tpu.refuse, by_choice=False),
     },
 )
 

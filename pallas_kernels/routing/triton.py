@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from ..triton_call import call_triton
+from . import xla
 from .xla import _TINY, count
 
 #: Columns, padded to powers of two, that one warp still holds in its registers.
@@ -117,12 +118,7 @@ def choose_jvp(rule, primals, tangents):
 
 def weigh(rule, logits, ids):
     """The weights of choices `ids` in plain JAX."""
-    logits = logits.astype(jnp.float32)
-    scores = jax.nn.softmax(logits, axis=-1) if rule.score == "softmax" else jax.nn.sigmoid(logits)
-    chosen = jnp.take_along_axis(scores, ids, axis=-1)
-    if rule.renormalize:
-        chosen = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), _TINY)
-    return chosen * rule.scale
+    return xla.weigh(logits, ids, rule.score, rule.renormalize, rule.scale)
 
 
 # ---------------------------------------------------------------- inside the kernel

@@ -22,6 +22,16 @@ def route(logits, k, score, renormalize, bias, groups, top_groups, scale, jitter
     return ids, weights, count(ids, logits.shape[1])
 
 
+def weigh(logits, ids, score, renormalize, scale):
+    """The weights of choices `ids`: what of `route` has a derivative, for kernels that have none of their own."""
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.softmax(logits, axis=-1) if score == "softmax" else jax.nn.sigmoid(logits)
+    chosen = jnp.take_along_axis(scores, ids, axis=-1)
+    if renormalize:
+        chosen = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), _TINY)
+    return chosen * scale
+
+
 def count(ids, experts):
     """Choices per expert."""
     return jnp.zeros(experts, jnp.int32).at[ids.reshape(-1)].add(1)

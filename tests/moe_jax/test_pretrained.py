@@ -75,7 +75,7 @@ def test_implementations_by_name():
     for implementation in ("xla_ragged", {"routed_mlp": "xla_ragged"}):
         other = moe_jax.load_pretrained(folder, implementation=implementation)
         np.testing.assert_allclose(other(ids), default, atol=2e-5)
-    with pytest.raises(ValueError, match="there are: triton_row, mosaic_gpu, xla_tiles, xla_ragged"):
+    with pytest.raises(ValueError, match="there are: triton_row, mosaic_gpu, tpu, xla_tiles, xla_ragged"):
         moe_jax.load_pretrained(folder, implementation="cuda_magic")(ids)
     with pytest.raises(ValueError, match="unknown operations attention"):
         moe_jax.load_pretrained(folder, implementation={"attention": "xla"})

@@ -124,7 +124,7 @@ def test_tokens_of_all_groups_that_exchange_are_counted():
     got = model(ids, routing=crowded, return_record=True)
     parts = [half(ids[i : i + 4], routing=[layer[i : i + 4] for layer in crowded], return_record=True) for i in (0, 4)]
     counted = [np.asarray(part.overflow) for part in parts]
-    assert (0 < counted[0]).all() and (counted[0] < counted[1]).all()
+    assert (counted[0] > 0).all() and (counted[0] < counted[1]).all()
     np.testing.assert_array_equal(got.overflow, sum(counted))
 
 

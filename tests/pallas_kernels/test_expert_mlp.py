@@ -14,8 +14,10 @@ from pallas_kernels import ACTIVATIONS, Plan, make_plan, prepare, routed_mlp
 from pallas_kernels.expert_mlp import xla_tiles
 from pallas_kernels.expert_mlp.api import OPERATION
 
-#: Those that run on a CPU at full speed; the others have suites of their own (test_mosaic_gpu, test_expert_mlp_row).
+#: Those that run on a CPU, the TPU's kernel in JAX's simulation; the others have suites of their own (test_mosaic_gpu,
+#: test_expert_mlp_row).
 ANYWHERE = [name for name, one in OPERATION.implementations.items() if not one.platform and "interpreted" not in name]
+ANYWHERE.append("tpu_interpreted")
 each = pytest.mark.parametrize("implementation", ANYWHERE)
 BFLOAT16 = ml_dtypes.bfloat16
 D, F = 24, 40
@@ -66,6 +68,10 @@ def assert_standard(got, x, ids, weights, experts, layer=None):
 @pytest.mark.parametrize("name", CASES)
 def test_values(name, implementation):
     x, ids, weights, all_experts, layer = make(name)
+    if implementation == "tpu_interpreted" and x.dtype == np.float16:
+        with pytest.raises(ValueError, match="takes bfloat16 and float32, x is float16"):
+            run(x, ids, weights, all_experts, layer, implementation)
+        return
     all_got = run(x, ids, weights, all_experts, layer, implementation)
     for got, experts in zip(all_got, all_experts, strict=True):
         assert_standard(got, x, ids, weights, experts, layer)
@@ -167,7 +173,7 @@ class TestRoutings:
         both = jax.jit(
             lambda *operands: [
                 routed_mlp(*operands, plan=make_plan(operands[1], 5, tile_rows), implementation=implementation)
-                for tile_rows in (3, 16)  # several tiles per expert; in place
+                for tile_rows in (8 if implementation == "tpu_interpreted" else 3, 16)  # several tiles; in place
             ]
         )
         ids[2] = ids[2, 0]  # in place, duplicates share a row
@@ -306,7 +312,7 @@ def test_prepare_swaps_the_kernels_once():
         (dict(plan=(7, 2)), r"plan: made for ids of shape \(7, 2\), got \(13, 2\)"),
         (
             dict(implementation="cuda"),
-            "'cuda' is no implementation of routed_mlp; there are: triton_row, mosaic_gpu, xla_tiles, xla_ragged",
+            "'cuda' is no implementation of routed_mlp; there are: triton_row, mosaic_gpu, tpu, xla_tiles, xla_ragged",
         ),
         (dict(implementation="cuda", tokens=0), "'cuda' is no implementation of routed_mlp"),
     ],

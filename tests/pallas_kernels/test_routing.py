@@ -11,9 +11,10 @@ from pallas_kernels.routing.api import OPERATION
 
 STATIC = ("k", "score", "renormalize", "groups", "top_groups", "scale", "jitter", "implementation")
 route_jit = jax.jit(route, static_argnames=STATIC)
-#: Those that run on a CPU; the GPU's kernels have a suite of their own (test_routing_triton).
+#: Those that run on a CPU, the TPU's in JAX's simulation; the GPU's kernels have a suite of their own
+#: (test_routing_triton).
 ANYWHERE = [name for name, one in OPERATION.implementations.items() if not one.platform and "interpreted" not in name]
-IMPLEMENTATIONS = [pytest.param(name, id=name) for name in ANYWHERE]
+IMPLEMENTATIONS = [pytest.param(name, id=name) for name in (*ANYWHERE, "tpu_interpreted")]
 TOKENS, EXPERTS = 13, 8
 
 # name -> keyword arguments of `route`; `bias` and `forced` are filled in by `call`, E is 8 unless given.
@@ -49,6 +50,11 @@ def arguments(experts=EXPERTS, bias=False, forced=False, **options):
         drawn = np.argsort(rng.random((TOKENS, experts)), axis=1)[:, : options["k"]]
         options["forced"] = np.where(rng.random(drawn.shape) < 0.3, -1, drawn).astype(np.int32)
     return logits, options
+
+
+def on_tpus(rule):
+    """Whether the TPU's kernel takes a rule; XLA's runs there else."""
+    return "sparsemixer" not in rule and "forced" not in rule
 
 
 def first(values, n):
@@ -104,6 +110,10 @@ def oracle(logits, forced=None, **options):
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_is_the_oracles(rule, implementation):
     logits, options = arguments(**RULES[rule])
+    if implementation == "tpu_interpreted" and not on_tpus(rule):
+        with pytest.raises(ValueError, match="route cannot run as 'tpu_interpreted': (score 'sparsemixer'|forced ids)"):
+            route_jit(logits, implementation=implementation, **options)
+        return
     got_ids, got_weights, got_counts = route_jit(logits, implementation=implementation, **options)
     ids, weights, counts = oracle(logits, **options)
     assert (got_ids.dtype, got_weights.dtype, got_counts.dtype) == (jnp.int32, jnp.float32, jnp.int32)
@@ -117,6 +127,8 @@ def test_every_rule_is_the_oracles(rule, implementation):
 class TestEveryImplementation:
     def call(self, implementation, rule, logits, **more):
         _, options = arguments(**RULES[rule])
+        if implementation == "tpu_interpreted" and not on_tpus(rule):
+            implementation = None
         return [np.asarray(v) for v in route_jit(logits, implementation=implementation, **{**options, **more})]
 
     def test_ties_go_to_the_lowest_id(self, implementation):
@@ -238,7 +250,7 @@ class TestEveryImplementation:
         (dict(score="sigmoid", groups=8, top_groups=2), "groups: 8 groups of one expert have no best two"),
         (dict(forced=np.zeros((2, 1), int)), r"forced: shape \(2, 1\), expected \(2, 2\)"),
         (dict(forced=np.array([[0, -1], [8, 1]])), "forced: id 8 of 8 experts"),
-        (dict(implementation="cuda"), "implementation: 'cuda' is no implementation of route; there are: triton, xla"),
+        (dict(implementation="cuda"), "implementation: 'cuda' is no implementation of route; there are: triton, tpu, xla"),
     ],
 )
 def test_refusals(monkeypatch, options, message):

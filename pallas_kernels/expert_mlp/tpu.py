@@ -1,0 +1,109 @@
+"""The expert MLP on TPUs: one fused kernel, in two forms.
+
+In place, for few tokens: every active expert is visited once with all tokens, whose sums over experts stay on the core
+until the end; nothing is permuted or written in between. Gathered, for many: XLA gathers rows by the plan, the kernel
+runs tiles of one expert's rows, and XLA adds up each token's rows with their weights.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from .. import compat
+from ..plan import make_plan
+from ..quantized import QuantizedArray, is_quantized
+from . import tpu_tilings, xla_tiles
+from .combine import combine
+from .tpu_kernel import Call, expert_mlp
+
+
+def refuse(x, ids, weights, experts, plan, layer, residual=None) -> str | None:
+    """Why this kernel cannot serve the call; None if it can."""
+    del ids, weights, layer, residual
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, x is {x.dtype}"
+    for name in ("gate", "up", "down"):
+        kernel = getattr(experts, name)
+        if is_quantized(kernel):
+            if not isinstance(kernel, QuantizedArray):
+                return f"of quantised kernels takes int8, {name} is a {type(kernel).__name__}"
+            if kernel.runs or kernel.scales.shape[-1] != 1:
+                return f"takes int8 with one scale for each output, {name} has scales {kernel.scales.shape}"
+        elif kernel is not None and kernel.dtype != x.dtype:
+            return f"x and kernels must have one dtype, got {x.dtype} and {name} of {kernel.dtype}"
+    least = tpu_tilings.sublanes(x.dtype)
+    if plan is not None and not plan.in_place and plan.tile_rows % least:
+        return f"gathered tiles must have a multiple of {least} rows in {x.dtype}, the plan has {plan.tile_rows}"
+    return None
+
+
+def routed_mlp(x, ids, weights, experts, plan, layer, *, call: Call | None = None):
+    """See `api.routed_mlp`. `call`: instead of what the table says."""
+    return _run(x, ids, weights, experts, plan, layer, call)
+
+
+def interpreted(x, ids, weights, experts, plan, layer, *, cores: int = 1):
+    """The same kernel in JAX's simulation of a TPU, for tests: races are looked for, memory begins as NaN."""
+    target = tpu_tilings.Generation(cores, 64 << 20, 240)
+    tiling = _tiling(x, ids, experts, plan, target)
+    return _run(x, ids, weights, experts, plan, layer, Call(tiling, cores, 64 << 20, compat.interpret_tpu(cores)))
+
+
+def _tiling(x, ids, experts, plan, target):
+    rows = None if plan is None else plan.tile_rows
+    return tpu_tilings.choose(*ids.shape, experts, x.dtype.itemsize, target, rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _run(x, ids, weights, experts, plan, layer, call):
+    if call is None:
+        target = tpu_tilings.generation()
+        call = Call(_tiling(x, ids, experts, plan, target), target.cores, tpu_tilings.vmem_limit(target))
+    if call.tiling.in_place:
+        return _in_place(call, x, ids, weights, experts, plan, layer)
+    return _gathered(call, x, ids, weights, experts, plan, layer)
+
+
+def _in_place(call, x, ids, weights, experts, plan, layer):
+    tile_expert, num_tiles = (plan.tile_expert, plan.num_tiles) if plan else active(ids, experts.num_experts)
+    sums = expert_mlp(call, x, (ids, weights), tile_expert, num_tiles, experts, layer)
+    return sums[0] if len(sums) == 1 else sums.sum(0).astype(x.dtype)
+
+
+def _gathered(call, x, ids, weights, experts, plan, layer):
+    if plan is None:
+        plan = make_plan(ids, experts.num_experts, call.tiling.rows)
+    rows = x.at[plan.row_choice // ids.shape[1]].get(mode="fill", fill_value=0)
+    out = expert_mlp(call, rows, None, plan.tile_expert, plan.num_tiles, experts, layer)
+    return combine(out, plan.slot, weights, x.dtype)
+
+
+def active(ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """The experts that are chosen, ascending, and how many they are: a plan's tiles in place, without a sort.
+
+    `ids [G, A]`; as many places as experts can be chosen, the last ones of which hold `num_experts - 1`.
+
+    >>> experts, count = active(jnp.array([[5, 2], [2, 9]]), num_experts=8)
+    >>> experts.tolist(), int(count)
+    ([2, 5, 7, 7], 2)
+    """
+    every = jnp.arange(num_experts)
+    last = jnp.cumsum((ids.reshape(-1, 1) == every).any(0), dtype=jnp.int32)
+    place = jnp.arange(min(num_experts, ids.size))
+    found = (last <= place[:, None]).sum(1, dtype=jnp.int32)
+    return jnp.minimum(found, num_experts - 1), last[-1]
+
+
+def _forward(x, ids, weights, experts, plan, layer, call):
+    return _run(x, ids, weights, experts, plan, layer, call), (x, ids, weights, experts, layer)
+
+
+def _backward(call, saved, d_y):
+    del call
+    x, ids, weights, experts, layer = saved
+    d_x, d_weights, d_experts = xla_tiles.gradients(x, ids, weights, experts, layer, d_y)
+    return d_x, None, d_weights, d_experts, None, None
+
+
+_run.defvjp(_forward, _backward)
