@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.attention import prefill_attention, xla
 from pallas_kernels.attention.xla import MASKED, grouped_mix, grouped_scores, heads_first, tokens_first
 from pallas_kernels.dims import Array as AnyArray
-from pallas_kernels.quantized import QuantizedArray, dense
+from pallas_kernels.quantized import dense
 
 from .axes import own_part
 from .block_config import AttentionConfig
@@ -162,12 +162,7 @@ def attend(
         )
     else:
         mixed = _in_blocks(config, weights, q, entries, span, varying)
-    kernel = weights["o"]
-    if isinstance(kernel, QuantizedArray):  # contracted axes lie in one already
-        kernel = dataclasses.replace(kernel, inputs=None)
-    kernel = dense(kernel, q.dtype)
-    kernel = kernel.reshape(kernel.shape[0], -1)
-    return linear(mixed.reshape(*mixed.shape[:2], -1), kernel, weights.get("o_bias"))
+    return linear(mixed.reshape(*mixed.shape[:2], -1), weights["o"], weights.get("o_bias"))
 
 
 def _in_blocks(config, weights, q, entries, span, varying):

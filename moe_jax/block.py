@@ -187,12 +187,13 @@ def routed(config: BlockConfig, rows, chosen: Chosen, experts: Experts, place: P
     if place.first is not None:  # the flat stack holds other layers' experts before and behind these
         layer, first = None, place.first // ranks
 
-    def run(rows, ids, gates, residual=None):
+    def run(rows, ids, gates, expected=None, residual=None):
         ids = jnp.where(ids >= 0, ids + first, -1) if place.first is not None else ids
-        return run_experts(scale, rows, ids, gates, experts, layer, implementation, residual)
+        given = dict(layer=layer, implementation=implementation, residual=residual, expected=expected)
+        return run_experts(scale, rows, ids, gates, experts, **given)
 
     if ranks == 1:
-        return run(rows, chosen.ids, chosen.weights, residual), jnp.zeros((), jnp.int32)
+        return run(rows, chosen.ids, chosen.weights, residual=residual), jnp.zeros((), jnp.int32)
     each = experts.num_experts if place.first is None else place.num_experts // ranks
     batch, ranks_of = config.axes.batch, config.axes.experts
     spread, everyone = set(ranks_of) <= set(batch), None
@@ -227,13 +228,12 @@ def mix(weights: Weights, rows: Array, first: Array, second: Array) -> Array:
 ROUTER = ("router", "router_bias", "selection_bias", "slots", "copies")
 
 
-def run_experts(scale_input: bool, rows, ids, gates, experts, layer=None, implementation=None, residual=None):
+def run_experts(scale_input: bool, rows, ids, gates, experts, residual=None, **given):
     """The routed MLP plus `residual`, or with the weights on the experts' inputs where the router says so."""
     if not scale_input:
-        given = dict(layer=layer, residual=residual, implementation=implementation)
-        return pallas_kernels.routed_mlp(rows, ids, gates, experts, **given)
+        return pallas_kernels.routed_mlp(rows, ids, gates, experts, residual=residual, **given)
     scaled = (rows[:, None] * gates[..., None].astype(rows.dtype)).reshape(-1, rows.shape[-1])
     ones = jnp.ones((ids.size, 1), gates.dtype)
-    y = pallas_kernels.routed_mlp(scaled, ids.reshape(-1, 1), ones, experts, layer=layer, implementation=implementation)
+    y = pallas_kernels.routed_mlp(scaled, ids.reshape(-1, 1), ones, experts, **given)
     y = y.reshape(*ids.shape, -1).sum(1)
     return y if residual is None else residual + y

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.attention.decode_xla import places
+from pallas_kernels.compat import in_order
 from pallas_kernels.quantized import QuantizedArray, dense, is_quantized, quantize
 
 from .block_config import Architecture, AttentionConfig
@@ -80,7 +82,7 @@ def write_entries(entries: dict[str, Any], new: dict[str, Array], layer: Any, co
         if together:
             at = layer, row, *[0] * (stack.ndim - 4), first, 0
             return jax.lax.dynamic_update_slice(stack, new[None], at)
-        at = layer, jnp.arange(column.shape[0]), *[slice(None)] * (stack.ndim - 4), column
+        at = places(stack, layer, column)
         return stack.at[at].set(jnp.squeeze(new, -2), mode="drop", unique_indices=True)
 
     found = {}
@@ -88,7 +90,7 @@ def write_entries(entries: dict[str, Any], new: dict[str, Array], layer: Any, co
         one = quantize(new[name]) if is_quantized(stack) else new[name]
         leaves, structure = jax.tree.flatten(stack)
         pairs = zip(leaves, jax.tree.leaves(one), strict=True)
-        found[name] = jax.tree.unflatten(structure, [put(*pair) for pair in pairs])
+        found[name] = jax.tree.unflatten(structure, [in_order(put(*pair)) for pair in pairs])
     return found
 
 

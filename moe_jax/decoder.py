@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.linear import linear
-from pallas_kernels.quantized import dense, is_quantized
+from pallas_kernels.quantized import dense
 
 from .attention import Span, Varying
 from .axes import add_up, gathered
@@ -106,7 +106,6 @@ def decode(
     With a cache, entries go to `column` (see `write_entries`); its lengths are the caller's to keep. `trace` also
     returns what each layer did.
     """
-    weights = _with_flat_outputs(weights)
     x = _embedded(architecture, weights["embedding"], ids)
     if architecture.learned_positions:
         x = x + weights["positions"][span.positions]
@@ -171,19 +170,6 @@ def _repeat(period: Callable[[Any, Any], Any], repeats: int, carry: Any, few: bo
         return looped(carry)
     once = jax.jit(period)
     return jax.lax.platform_dependent(carry, cuda=written_out, default=looped)
-
-
-def _with_flat_outputs(weights: Weights) -> Weights:
-    """The weights with the output projections `o [L, D, N, H]` as `[L, D, N*H]`, for the loop over layers.
-
-    XLA on a CPU cannot vectorise the product of one row with a kernel whose contraction it sees as two axes, and it
-    sees two wherever the reshape is not outside of the loop (docs/decisions.md).
-    """
-    attention = weights["attention"]
-    if is_quantized(attention["o"]):
-        return weights
-    flat = attention["o"].reshape(*attention["o"].shape[:2], -1)
-    return {**weights, "attention": {**attention, "o": flat}}
 
 
 def _place(architecture: Architecture, kinds: tuple[int, ...], segment: Segment, turn: Any, offset: int) -> Place:

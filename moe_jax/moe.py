@@ -120,9 +120,8 @@ class MoE(nnx.Module):
 
     def _run(self, rows, routing, experts):
         if routing.capacity is None:
-            return run_experts(
-                self.config.scale_input, rows, routing.ids, routing.weights, experts, None, self.implementation
-            )
+            given = self.config.scale_input, rows, routing.ids, routing.weights, experts
+            return run_experts(*given, implementation=self.implementation)
         given = rows, routing.ids, routing.weights, routing.position
         return capacity_mlp(*given, experts, capacity=routing.capacity)
 

@@ -6,7 +6,6 @@ Latent attention has the products that take queries into its latents and mixes o
 At one token a GPU's time is reading weights and starting kernels. What is not plain enough takes `block`'s own way.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -18,7 +17,6 @@ from pallas_kernels.attention.decode import QKNorm, Rotary, Seen, decode_attenti
 from pallas_kernels.attention.latent import decode_latent_attention
 from pallas_kernels.attention.latent_products import absorb, latent_values
 from pallas_kernels.linear import LayerNorm, RMSNorm, linear
-from pallas_kernels.quantized import is_quantized
 
 from .attention import Span, Varying
 from .axes import add_up
@@ -136,8 +134,8 @@ def _project_out(
     config: AttentionConfig, weights: Weights, mixed: jax.Array, layer: Any, residual: jax.Array
 ) -> jax.Array:
     """The output projection of heads `[B, N, Hv]`, with its bias and residual."""
-    biases, kernels = [weights.get("o_bias")], [_outputs(weights["o"])]
-    run = lambda residual: linear(mixed.reshape(len(mixed), -1), kernels, layer=layer, biases=biases, residual=residual)
+    given = dict(layer=layer, biases=[weights.get("o_bias")])
+    run = lambda residual: linear(mixed.reshape(len(mixed), -1), [weights["o"]], residual=residual, **given)
     return _added_up(config.axes, run, residual)
 
 
@@ -210,13 +208,6 @@ def _norm(config: NormConfig, weights: Weights, layer: Any) -> RMSNorm | LayerNo
 def _matrices(kernel: Any) -> Any:
     """A stack of kernels `[L, *out, in]` as matrices `[L, N, K]`; nothing moves."""
     return jax.tree.map(lambda w: w.reshape(w.shape[0], -1, w.shape[-1]), kernel)
-
-
-def _outputs(kernel: Any) -> Any:
-    """Output projections `[L, D, N, Hv]` as matrices `[L, D, N * Hv]`; `decoder` has done so outside of its loop."""
-    if is_quantized(kernel):  # contracted axes lie in one already
-        return dataclasses.replace(kernel, inputs=None)
-    return kernel.reshape(*kernel.shape[:2], -1)
 
 
 def _flat(bias: Any) -> Any:

@@ -33,7 +33,7 @@ def parameters(architecture: Architecture) -> dict[str, Parameter]:
 
     Attention and norms hold all layers, `dense` the dense ones, `moe` and `shared` the MoE layers. Kernels are
     `[out, in]`, the contraction last, as in checkpoints (docs/decisions.md says why); attention keeps heads apart:
-    `q [L, N, H, D]`, `o [L, D, N, Hv]`.
+    `q [L, N, H, D]`, but for `o [L, D, N * Hv]`, in which they are contracted.
     """
     block, width, vocab = architecture.block, architecture.block.width, architecture.vocab_size
     table = {"embedding": Parameter((vocab, width), inputs=1)}
@@ -60,7 +60,7 @@ def _stack(table, layers, shapes, experts=0):
     lead = (len(layers), experts) if experts else (len(layers),)
     for name, shape in shapes.items():
         vector = len(shape) == 1 or name.endswith(("_bias", "_norm"))
-        inputs = 0 if vector else 2 if name == "attention.o" else 1
+        inputs = int(not vector)
         table[name] = Parameter((*lead, *shape), layers, experts, inputs)
 
 
@@ -107,7 +107,7 @@ def _moe(table: dict[str, Parameter], architecture: Architecture) -> None:
 
 def _attention(config: AttentionConfig, width: int) -> Shapes:
     heads, kv_heads, head, value = config.num_heads, config.num_kv_heads, config.head_dim, config.value_dim
-    shapes: Shapes = {"o": (width, heads, value)}
+    shapes: Shapes = {"o": (width, heads * value)}
     if config.out_bias:
         shapes["o_bias"] = (width,)
     if config.sinks:

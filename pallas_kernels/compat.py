@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
@@ -33,6 +34,18 @@ def load_registers(ref: Any, layout: Any) -> jax.Array:
     """Inside a Mosaic GPU kernel: a slice of global memory in registers of the given layout."""
     index = ((),) if _LOAD_TAKES_INDEX else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+def in_order(x: jax.Array) -> jax.Array:
+    """`x` in the layout that it has outside of a program, on TPUs: XLA would else lay out a loop's whole array anew for
+    the sake of a product with a part of it.
+
+    >>> in_order(jax.numpy.ones(3)).tolist()
+    [1.0, 1.0, 1.0]
+    """
+    straight = Layout(major_to_minor=tuple(range(x.ndim)))
+    told = lambda x: with_layout_constraint(x, straight)
+    return jax.lax.platform_dependent(x, tpu=told, default=lambda x: x)
 
 
 def num_sms() -> int:

@@ -1,6 +1,5 @@
 """Int8 weights of a `MoEInference` layer, with upstream's groups over each flattened matrix."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,9 +26,7 @@ def quantize_layer(config: MoEInferenceConfig, weights: dict[str, Any]) -> dict[
         rows = np.arange(3 * config.hidden_size).reshape(3, config.heads, config.head_dim)
         order = rows.swapaxes(0, 1).reshape(-1)
     made |= _fused({f"attention.{name}": weights[f"attention.{name}"] for name in "qkv"}, groups, order=order)
-    output = weights["attention.o"]
-    flat = quantize_runs(output.reshape(*output.shape[:2], -1), groups, lead=1)
-    made["attention.o"] = dataclasses.replace(flat, inputs=output.shape[2:])
+    made["attention.o"] = quantize_runs(weights["attention.o"], groups, lead=1)
     for group, lead in (("moe", 2), ("shared", 1)):
         kernels = {name: w for name, w in weights.items() if name.startswith(f"{group}.") and name.endswith(_KERNELS)}
         made |= {name: quantize_runs(w, of_mlp, lead) for name, w in kernels.items() if name.endswith("down")}

@@ -93,7 +93,7 @@ class MoE(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         stack = Experts(**experts, activation=self.activation, layout="out_in")
         ids = jnp.where(routing.keep, routing.ids, -1)
-        y = run_experts(False, rows, ids, routing.weights, stack, None, self.implementation)
+        y = run_experts(False, rows, ids, routing.weights, stack, implementation=self.implementation)
         if self.residual is not None:
             own = {name: w[...] for name, w in self.residual.items()}
             y = mix(own, rows, y, mlp(self.activation, own, rows))

@@ -176,8 +176,7 @@ def attention_weights(config: MoEInferenceConfig, given: Mapping[str, Any]) -> d
     Raises `ValueError` as `layer_weights`.
     """
     found = _checked(_attention_shapes(config), given)
-    output = found["attn_ow"].T.reshape(config.hidden_size, config.heads, config.head_dim)
-    ours = {"attention.o": output, "attention.o_bias": found["attn_ob"]}
+    ours = {"attention.o": found["attn_ow"].T, "attention.o_bias": found["attn_ob"]}
     for fused, suffix in (("attn_qkvw", ""), ("attn_qkvb", "_bias")):
         parts = _split_qkv(config, found[fused].T)
         ours |= {f"attention.{name}{suffix}": part for name, part in zip("qkv", parts, strict=True)}

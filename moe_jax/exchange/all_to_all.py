@@ -1,7 +1,7 @@
 """Each token goes to the ranks that hold one of its experts, once to each, in buffers of a fixed size.
 
-A rank has room for `room` tokens of every other one. Tokens beyond that are counted and take a second pass, with
-replicated tokens, which runs only if some rank has any: nothing is dropped.
+A rank has room for `room` tokens of every other one. Tokens beyond that are counted and take a second pass, round the
+ring of ranks, which runs only if some rank has any: nothing is dropped.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from . import replicated
+from . import ring
 from .value import Work, packed, spread_out, unpacked
 
 
@@ -44,7 +44,7 @@ def exchange(work: Work, size: int | None = None) -> tuple[jax.Array, jax.Array]
 
     take = lambda x, value: x.at[token].get(mode="fill", fill_value=value)
     rows, both = across(take(work.rows, 0)), across(packed(take(work.ids, -1), take(work.weights, 0)))
-    out = across(work.own(rows, *unpacked(both)))
+    out = across(work.own(rows, *unpacked(both), expected=work.ids.size))
     # a token's rows come back once for each rank: at its first choice there
     first = jnp.where(fits & _first(work), slot, nowhere)
     parts = out.at[first].get(mode="fill", fill_value=0)
@@ -54,7 +54,7 @@ def exchange(work: Work, size: int | None = None) -> tuple[jax.Array, jax.Array]
     beyond = jax.lax.psum(jnp.maximum(count - size, 0).sum(), work.axes)
     # what is known of everyone's choices is of all of them, not of those that are left
     left = dataclasses.replace(work, ids=jnp.where(fits, -1, work.ids), everyone=None)
-    rest = jax.lax.cond(beyond > 0, lambda: replicated.exchange(left), lambda: jnp.zeros_like(y))
+    rest = jax.lax.cond(beyond > 0, lambda: ring.exchange(left), lambda: jnp.zeros_like(y))
     return back(y + rest), beyond
 
 

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int
 from ..axes import own_part
 
 #: Runs the device's own experts: of rows `[G, D]`, their ids among these experts `[G, A]` (-1: none) and weights
-#: `[G, A]` it makes `[G, D]`.
-Run = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+#: `[G, A]` it makes `[G, D]`; with about how many ids there will be.
+Run = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,15 @@ class Work:
         """How many devices hold experts."""
         return jax.lax.axis_size(self.axes)
 
-    def own(self, rows: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
-        """The device's experts' part of the output for any tokens `[..., G, D]`."""
+    def own(self, rows: jax.Array, ids: jax.Array, weights: jax.Array, expected: int | None = None) -> jax.Array:
+        """The device's experts' part of the output for any tokens `[G, D]`.
+
+        `expected`: about how many of their ids are the device's; None: a rank's even part of all.
+        """
         first = jax.lax.axis_index(self.axes) * self.each
         mine = (ids >= first) & (ids < first + self.each)
-        return self.run(rows, jnp.where(mine, ids - first, -1), weights)
+        expected = -(-ids.size // self.ranks) if expected is None else expected
+        return self.run(rows, jnp.where(mine, ids - first, -1), weights, expected)
 
 
 def spread_out(work: Work) -> tuple[Work, Callable[[jax.Array], jax.Array]]:

@@ -134,7 +134,7 @@ def _attention_axis(config: AttentionConfig, leaf: str, axis: int, size: int, wa
         return None, None
     if leaf.removesuffix("_bias").removesuffix("_norm") in ("k", "v"):
         return kv_heads(config, ways), "heads"
-    return _padded(size, ways), "heads"
+    return _padded(size, ways, config.value_dim if leaf == "o" else 1), "heads"
 
 
 def kv_heads(config: AttentionConfig, ways: int) -> np.ndarray:

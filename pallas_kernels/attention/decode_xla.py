@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from ..compat import in_order
 from ..quantized import dense, is_quantized, quantize
 from .xla import MASKED, grouped_mix, grouped_scores, softmax, visible
 
@@ -51,18 +52,29 @@ def write(stack, new, layer, lengths):
     Entries and stack may lack the axis of heads; one that is made up for them costs a copy of the stack.
     """
     new = quantize(new) if is_quantized(stack) else new.astype(stack.dtype)
-    rows, heads = jnp.arange(len(lengths)), stack.ndim - 4
+    heads = stack.ndim - 4
 
     def put(stack, new):
         if len(new) > 1:
-            at = layer, rows, *[slice(None)] * heads, lengths
-            return stack.at[at].set(new, mode="drop", unique_indices=True)
+            return stack.at[places(stack, layer, lengths)].set(new, mode="drop", unique_indices=True)
         new, at = jnp.expand_dims(new[None], -2), (layer, 0, *[0] * heads, lengths[0], 0)
         new = jnp.where(lengths[0] < stack.shape[-2], new, jax.lax.dynamic_slice(stack, at, new.shape))
         return jax.lax.dynamic_update_slice(stack, new, at)
 
     leaves, structure = jax.tree.flatten(stack)
-    return jax.tree.unflatten(structure, [put(*pair) for pair in zip(leaves, jax.tree.leaves(new), strict=True)])
+    pairs = zip(leaves, jax.tree.leaves(new), strict=True)
+    return jax.tree.unflatten(structure, [in_order(put(*pair)) for pair in pairs])
+
+
+def places(stack, layer, columns):
+    """Indices of each row's and head's entry `[H]` in `stack [L, B, K, S, H]` (latent: without K) at its row's column.
+
+    All axes but the last by number: a TPU would lay the whole stack out anew for entries `[K, H]` of one row.
+    """
+    rows = jnp.arange(len(columns))
+    if stack.ndim == 4:
+        return layer, rows, columns
+    return layer, rows[:, None], jnp.arange(stack.shape[2]), columns[:, None]
 
 
 def read(stack, layer):

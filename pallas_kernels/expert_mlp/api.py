@@ -15,30 +15,32 @@ from ..routing import route_tokens
 from . import mosaic_gpu, tpu, triton_row, xla_capacity, xla_ragged, xla_tiles
 
 
-def _then_add(run):
-    """`run`, with the residual added by XLA."""
+def _adapted(run, *, adds=False, expects=False):
+    """`run` with what it does not do by itself: XLA adds the residual, and the number of rows to expect is ignored."""
 
-    def add(*args):
-        *args, residual = args
-        y = run(*args)
-        return y if residual is None else residual + y
+    def call(*args):
+        *args, residual, expected = args
+        y = run(*args, *[residual] * adds, *[expected] * expects)
+        return y if adds or residual is None else residual + y
 
-    return add
+    return call
 
 
 OPERATION = Operation(
     "routed_mlp",
     {
-        "triton_row": Implementation(triton_row.routed_mlp, triton_row.refuse, platform="cuda"),
-        "mosaic_gpu": Implementation(_then_add(mosaic_gpu.routed_mlp), mosaic_gpu.refuse, platform="cuda"),
-        "tpu": Implementation(_then_add(tpu.routed_mlp), tpu.refuse, platform="tpu"),
-        "xla_tiles": Implementation(_then_add(xla_tiles.routed_mlp)),
-        "xla_ragged": Implementation(_then_add(xla_ragged.routed_mlp), by_choice=False),
+        "triton_row": Implementation(_adapted(triton_row.routed_mlp, adds=True), triton_row.refuse, platform="cuda"),
+        "mosaic_gpu": Implementation(_adapted(mosaic_gpu.routed_mlp), mosaic_gpu.refuse, platform="cuda"),
+        "tpu": Implementation(_adapted(tpu.routed_mlp, expects=True), tpu.refuse, platform="tpu"),
+        "xla_tiles": Implementation(_adapted(xla_tiles.routed_mlp)),
+        "xla_ragged": Implementation(_adapted(xla_ragged.routed_mlp), by_choice=False),
         "mosaic_gpu_interpreted": Implementation(
-            _then_add(mosaic_gpu.interpreted), mosaic_gpu.refuse_interpreted, by_choice=False
+            _adapted(mosaic_gpu.interpreted), mosaic_gpu.refuse_interpreted, by_choice=False
         ),
-        "triton_row_interpreted": Implementation(triton_row.interpreted, triton_row.refuse, by_choice=False),
-        "tpu_interpreted": Implementation(_then_add(tpu.interpreted), tpu.refuse, by_choice=False),
+        "triton_row_interpreted": Implementation(
+            _adapted(triton_row.interpreted, adds=True), triton_row.refuse, by_choice=False
+        ),
+        "tpu_interpreted": Implementation(_adapted(tpu.interpreted, expects=True), tpu.refuse, by_choice=False),
     },
 )
 
@@ -52,17 +54,19 @@ def routed_mlp(
     plan: Plan | None = None,
     layer: int | Int[AnyArray, ""] | None = None,
     residual: Float[AnyArray, "G D"] | None = None,
+    expected: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "G D"]:
     """`y[g] = sum over a of weights[g, a] * expert[ids[g, a]](x[g])`, without dropping.
 
-    Args: `x` `[G, D]`, `ids` int `[G, A]` (an id outside `[0, E)` takes no time and adds nothing, whatever its
-    weight), `weights` `[G, A]` (summed up in float32), `experts` one layer's, or a stack `[L, E, ...]` addressed by
-    the integer `layer`, which may be traced (the stack is never sliced by layer). `plan`: the plan of these ids, if
-    the caller has one. `residual` `[G, D]` is added to the result. `implementation`: `triton_row` (CUDA, one token,
-    kernels with the contraction last, in bfloat16, float16 or int8; chosen there), `mosaic_gpu` (kernels for Hopper
-    GPUs, bfloat16 or float16, D and F multiples of 64; chosen there), `tpu` (one kernel, bfloat16, float32 or int8 with
-    a scale for each output; chosen on TPUs), `xla_tiles` (a loop over the tiles of the plan;
+    Args: `x` `[G, D]`, `ids` int `[G, A]` (an id outside `[0, E)` takes no time and adds nothing, whatever its weight),
+    `weights` `[G, A]` (summed up in float32), `experts` one layer's, or a stack `[L, E, ...]` addressed by the integer
+    `layer`, which may be traced (the stack is never sliced by layer). `plan`: the plan of these ids, if the caller has
+    one. `residual` `[G, D]` is added to the result. `expected`: about how many ids are inside, where others are another
+    device's; `tpu` makes room for as many rows, and takes further passes for more. `implementation`: `triton_row`
+    (CUDA, one token, kernels with the contraction last, in bfloat16, float16 or int8; chosen there), `mosaic_gpu`
+    (kernels for Hopper GPUs, bfloat16 or float16, D and F multiples of 64; chosen there), `tpu` (one kernel, bfloat16,
+    float32 or int8 with a scale for each output; chosen on TPUs), `xla_tiles` (a loop over the tiles of the plan;
     chosen elsewhere) or `xla_ragged` (`jax.lax.ragged_dot`). All are differentiable.
     Returns `[G, D]` in x's dtype. Raises `ValueError` for shapes that do not fit each other, for a `layer` that there
     is not, unless it is traced, and for a named implementation that does not take the call or, when the program is
@@ -88,7 +92,7 @@ def routed_mlp(
         return jnp.zeros_like(x) if residual is None else jnp.asarray(residual)
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
     with jax.named_scope("expert_mlp"):
-        return OPERATION.run(implementation, x, ids, weights, experts, plan, layer, residual)
+        return OPERATION.run(implementation, x, ids, weights, experts, plan, layer, residual, expected)
 
 
 def moe_block(

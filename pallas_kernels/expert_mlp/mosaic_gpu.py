@@ -25,9 +25,9 @@ _WIDTH_STEP = 64
 _HOPPER = re.compile(r"\b(H100|H200|H800|H20|GH200)\b")
 
 
-def refuse(x, ids, weights, experts, plan, layer, residual=None) -> str | None:
+def refuse(x, ids, weights, experts, plan, *others) -> str | None:
     """Why these kernels cannot serve the call; None if they can."""
-    del ids, weights, layer, residual
+    del ids, weights, others
     if reason := mosaic_forms.refuse(x, experts):
         return reason
     if experts.width % _WIDTH_STEP or experts.hidden % _WIDTH_STEP:

@@ -18,9 +18,9 @@ from .combine import combine
 from .tpu_kernel import Call, expert_mlp
 
 
-def refuse(x, ids, weights, experts, plan, layer, residual=None) -> str | None:
+def refuse(x, ids, weights, experts, plan, *others) -> str | None:
     """Why this kernel cannot serve the call; None if it can."""
-    del ids, weights, layer, residual
+    del ids, weights, others
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, x is {x.dtype}"
     for name in ("gate", "up", "down"):
@@ -38,31 +38,35 @@ def refuse(x, ids, weights, experts, plan, layer, residual=None) -> str | None:
     return None
 
 
-def routed_mlp(x, ids, weights, experts, plan, layer, *, call: Call | None = None):
+def routed_mlp(x, ids, weights, experts, plan, layer, expected=None, *, call: Call | None = None):
     """See `api.routed_mlp`. `call`: instead of what the table says."""
-    return _run(x, ids, weights, experts, plan, layer, call)
+    return _run(x, ids, weights, experts, plan, layer, expected, call)
 
 
-def interpreted(x, ids, weights, experts, plan, layer, *, cores: int = 1):
+def interpreted(x, ids, weights, experts, plan, layer, expected=None, *, cores: int = 1):
     """The same kernel in JAX's simulation of a TPU, for tests: races are looked for, memory begins as NaN."""
     target = tpu_tilings.Generation(cores, 64 << 20, 240)
-    tiling = _tiling(x, ids, experts, plan, target)
-    return _run(x, ids, weights, experts, plan, layer, Call(tiling, cores, 64 << 20, compat.interpret_tpu(cores)))
+    tiling = _tiling(x, ids, experts, plan, expected, target)
+    call = Call(tiling, cores, 64 << 20, compat.interpret_tpu(cores))
+    return _run(x, ids, weights, experts, plan, layer, expected, call)
 
 
-def _tiling(x, ids, experts, plan, target):
+def _tiling(x, ids, experts, plan, expected, target):
     rows = None if plan is None else plan.tile_rows
-    return tpu_tilings.choose(*ids.shape, experts, x.dtype.itemsize, target, rows)
+    return tpu_tilings.choose(len(x), expected or ids.size, experts, x.dtype.itemsize, target, rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _run(x, ids, weights, experts, plan, layer, call):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _run(x, ids, weights, experts, plan, layer, expected, call):
     if call is None:
         target = tpu_tilings.generation()
-        call = Call(_tiling(x, ids, experts, plan, target), target.cores, tpu_tilings.vmem_limit(target))
+        tiling = _tiling(x, ids, experts, plan, expected, target)
+        call = Call(tiling, target.cores, tpu_tilings.vmem_limit(target))
     if call.tiling.in_place:
         return _in_place(call, x, ids, weights, experts, plan, layer)
-    return _gathered(call, x, ids, weights, experts, plan, layer)
+    if plan is None:
+        plan = make_plan(ids, experts.num_experts, call.tiling.rows)
+    return _gathered(call, x, weights, experts, plan, layer, expected or ids.size)
 
 
 def _in_place(call, x, ids, weights, experts, plan, layer):
@@ -71,12 +75,55 @@ def _in_place(call, x, ids, weights, experts, plan, layer):
     return sums[0] if len(sums) == 1 else sums.sum(0).astype(x.dtype)
 
 
-def _gathered(call, x, ids, weights, experts, plan, layer):
-    if plan is None:
-        plan = make_plan(ids, experts.num_experts, call.tiling.rows)
-    rows = x.at[plan.row_choice // ids.shape[1]].get(mode="fill", fill_value=0)
-    out = expert_mlp(call, rows, None, plan.tile_expert, plan.num_tiles, experts, layer)
-    return combine(out, plan.slot, weights, x.dtype)
+def _gathered(call, x, weights, experts, plan, layer, expected):
+    """In one pass where the plan's rows are not many more than expected, else in as many as they turn out to need."""
+    size, choices = plan.tile_rows, weights.shape[1]
+    tiles = min(plan.max_tiles, 1 + int(_SLACK * expected) // size + experts.num_experts // 2)
+
+    def add(total, first, tile_expert, row_choice):
+        """`total` and what rows of some tiles give, from the `first` on."""
+        # the rows of no choice hold any token's: nobody reads what becomes of them
+        rows = x.at[row_choice // choices].get(mode="clip")
+        count = jnp.minimum(plan.num_tiles - first, len(tile_expert))
+        out = expert_mlp(call, rows, None, tile_expert, count, experts, layer)
+        slot = plan.slot - first * size
+        return _added(total, out, jnp.where(slot < 0, len(out), slot), weights)
+
+    if tiles == plan.max_tiles:
+        return add(jnp.zeros_like(x), 0, plan.tile_expert, plan.row_choice)
+    short = -plan.max_tiles % tiles
+    tile_expert = jnp.pad(plan.tile_expert, (0, short))
+    row_choice = jnp.pad(plan.row_choice, (0, short * size))
+
+    def turn(i, total):
+        part = lambda a, n: jax.lax.dynamic_slice_in_dim(a, i * n, n)
+        return add(total, i * tiles, part(tile_expert, tiles), part(row_choice, tiles * size))
+
+    passes = jax.lax.div(plan.num_tiles + (tiles - 1), jnp.int32(tiles))
+    return jax.lax.fori_loop(0, passes, turn, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+
+
+def _added(total, rows, slot, weights):
+    """`total` and the sums of each token's rows; some tokens at a time, all of whose rows XLA gathers at once."""
+    tokens = len(total)
+    if tokens <= _TOGETHER:
+        return total + combine(rows, slot, weights, total.dtype)
+    short = ((0, -tokens % _TOGETHER), (0, 0))
+    total, weights = jnp.pad(total, short), jnp.pad(weights, short)
+    slot = jnp.pad(slot, short, constant_values=len(rows))
+
+    def turn(i, total):
+        part = lambda a: jax.lax.dynamic_slice_in_dim(a, i * _TOGETHER, _TOGETHER)
+        more = part(total) + combine(rows, part(slot), part(weights), total.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(total, more, i * _TOGETHER, 0)
+
+    return jax.lax.fori_loop(0, len(total) // _TOGETHER, turn, total)[:tokens]
+
+
+#: Tokens whose outputs are added up together.
+_TOGETHER = 1024
+#: Room for rows, as a multiple of those that are expected, beside half a tile for each expert, which its last may lack.
+_SLACK = 1.25
 
 
 def active(ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -95,12 +142,12 @@ def active(ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(found, num_experts - 1), last[-1]
 
 
-def _forward(x, ids, weights, experts, plan, layer, call):
-    return _run(x, ids, weights, experts, plan, layer, call), (x, ids, weights, experts, layer)
+def _forward(x, ids, weights, experts, plan, layer, expected, call):
+    return _run(x, ids, weights, experts, plan, layer, expected, call), (x, ids, weights, experts, layer)
 
 
-def _backward(call, saved, d_y):
-    del call
+def _backward(expected, call, saved, d_y):
+    del expected, call
     x, ids, weights, experts, layer = saved
     d_x, d_weights, d_experts = xla_tiles.gradients(x, ids, weights, experts, layer, d_y)
     return d_x, None, d_weights, d_experts, None, None

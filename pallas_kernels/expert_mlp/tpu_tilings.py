@@ -84,8 +84,8 @@ def hidden_block(width: int, hidden: int, unit_bytes: float) -> int:
     return 128 * next(n for n in range(most, 0, -1) if hidden // 128 % n == 0)
 
 
-def choose(tokens: int, choices: int, experts, itemsize: int, target: Generation, rows: int | None = None) -> Tiling:
-    """The tiling of `tokens` with `choices` experts each; `rows`: of a plan that there is already.
+def choose(tokens: int, routed: int, experts, itemsize: int, target: Generation, rows: int | None = None) -> Tiling:
+    """The tiling of `tokens` that choose `routed` experts in all; `rows`: of a plan that there is already.
 
     A tile costs what its weights take to arrive, or its products where these take longer; gathered rows are moved as
     well. The form with the least in all is taken, of those that fit into a core's memory: few tokens run in place,
@@ -97,7 +97,6 @@ def choose(tokens: int, choices: int, experts, itemsize: int, target: Generation
     hidden = hidden_block(experts.width, experts.hidden, unit_bytes)
     if rows is not None:
         return Tiling(min(rows, tokens), hidden, rows >= tokens)
-    routed = tokens * choices
     active = experts.num_experts * (1 - (1 - 1 / experts.num_experts) ** routed)
     arrival = max(unit_bytes / (len(kernels) * 2), 1 / target.balance)  # of int8 half of bfloat16's
 

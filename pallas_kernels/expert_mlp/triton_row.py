@@ -27,9 +27,9 @@ _DOWN_STEP, _DOWN_WARPS = 256, 4
 _HELD = 8192  # inputs of all choices together in one of its pieces, up to 64 choices
 
 
-def refuse(x, ids, weights, experts, plan, layer, residual) -> str | None:
+def refuse(x, ids, weights, experts, plan, *others) -> str | None:
     """Why these kernels cannot serve the call; None if they can."""
-    del ids, weights, plan, layer, residual
+    del ids, weights, plan, others
     if x.shape[0] != 1:
         return f"{x.shape[0]} tokens, only one"
     if x.dtype not in (jnp.bfloat16, jnp.float16):

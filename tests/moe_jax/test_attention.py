@@ -27,7 +27,7 @@ def draw(queries=7, keys=9, seed=0):
     }
     mask = rng.random((2, queries, keys)) < 0.6
     mask[..., 0] = True
-    weights = {"o": rng.normal(size=(WIDTH, HEADS, VALUE)).astype(np.float32)}
+    weights = {"o": rng.normal(size=(WIDTH, HEADS * VALUE)).astype(np.float32)}
     return q, entries, mask, weights, rng
 
 
@@ -47,7 +47,7 @@ def plain(q, entries, mask, weights, sinks=None):
         k, v = (entries[name][b, n * KV_HEADS // HEADS].astype(np.float64) for name in "kv")
         powers = np.exp(0.3 * (k @ q[b, t, n].astype(np.float64))) * mask[b, t]
         total = powers.sum() + (0 if sinks is None else np.exp(float(sinks[n])))
-        y[b, t] += weights["o"][:, n].astype(np.float64) @ (powers / total @ v)
+        y[b, t] += weights["o"].reshape(WIDTH, HEADS, VALUE)[:, n].astype(np.float64) @ (powers / total @ v)
     return y
 
 

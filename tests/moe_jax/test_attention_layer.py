@@ -99,7 +99,7 @@ def oracle(config, weights, x, varying):
             sees &= query // varying.chunk == keys // varying.chunk
         powers = np.exp(config.scale * (k[b, :, n] @ q[b, t, n])) * sees
         total = powers.sum() + (np.exp(w["sinks"][n]) if config.sinks else 0)
-        y[b, t] += w["o"][:, n] @ (powers / (total or 1) @ v[b, :, n])
+        y[b, t] += w["o"].reshape(len(w["o"]), config.num_heads, -1)[:, n] @ (powers / (total or 1) @ v[b, :, n])
     return y + w.get("o_bias", 0)
 
 

@@ -44,7 +44,7 @@ def run(name, matrices, rows, ids, weights, ranks, spread, size=None):
     form = functools.partial(all_to_all.exchange, size=size) if size else functools.partial(exchange.exchange, name)
 
     def on_one(matrices, rows, ids, weights):
-        def own(rows, ids, weights):
+        def own(rows, ids, weights, expected):
             parts = jnp.einsum("gd,gade->gae", rows, matrices[jnp.maximum(ids, 0)])
             return jnp.where(ids[..., None] >= 0, parts * weights[..., None], 0).sum(1)
 
@@ -117,7 +117,7 @@ def test_the_ragged_exchange_lowers_for_accelerators(platform):
     mesh = make_mesh(expert=8)
 
     def on_one(rows, ids, weights):
-        run = lambda rows, ids, weights: rows * jnp.where(ids >= 0, weights, 0).sum(1, keepdims=True)
+        run = lambda rows, ids, weights, expected: rows * jnp.where(ids >= 0, weights, 0).sum(1, keepdims=True)
         work = Work(rows, ids, weights, run, 2, ("expert",), True)
         return EXCHANGES["ragged_all_to_all"](work)[0]
 

@@ -90,6 +90,19 @@ def test_any_number_of_tiles(active, rows, cores):
     assert_standard(got, x, ids, weights, experts)
 
 
+@pytest.mark.parametrize("routing", ["as expected", "all", "none"])
+def test_rows_that_were_not_expected_take_further_passes(routing, monkeypatch):
+    """Of 96 choices 12 are expected; buffers are of 16 rows and 5 tiles more, all choices take two to three such."""
+    x, ids, weights = make_tokens(48, 48, 5, 2)
+    monkeypatch.setattr(tpu, "_TOGETHER", 20)  # tokens whose outputs are added up together
+    inside = {"as expected": jnp.arange(48)[:, None] % 8 == 0, "all": True, "none": False}[routing]
+    ids = jnp.where(inside, ids, -1)
+    experts = make_experts(5, 48, 256, layout="out_in", biases=True)
+    made = jax.jit(lambda ids: tpu.interpreted(x, ids, weights, experts, make_plan(ids, 5, 8), None, 12))
+    assert made.trace(ids).jaxpr.pretty_print().count("while") > 0
+    assert_standard(made(ids), x, ids, weights, experts)
+
+
 @pytest.mark.parametrize("rows", [None, 16])
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
 def test_int8(dtype, rows):

@@ -250,7 +250,10 @@ class TestEveryImplementation:
         (dict(score="sigmoid", groups=8, top_groups=2), "groups: 8 groups of one expert have no best two"),
         (dict(forced=np.zeros((2, 1), int)), r"forced: shape \(2, 1\), expected \(2, 2\)"),
         (dict(forced=np.array([[0, -1], [8, 1]])), "forced: id 8 of 8 experts"),
-        (dict(implementation="cuda"), "implementation: 'cuda' is no implementation of route; there are: triton, tpu, xla"),
+        (
+            dict(implementation="cuda"),
+            "implementation: 'cuda' is no implementation of route; there are: triton, tpu, xla",
+        ),
     ],
 )
 def test_refusals(monkeypatch, options, message):
