@@ -46,9 +46,12 @@ def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`computations` by name, instructions by name in each, in the program's order; `inside`: those of fusions."""
+    """`computations` by name, instructions by name in each, in the program's order; `entry`: where it begins; `inside`:
+    those of fusions.
+    """
 
     computations: dict[str, dict[str, Instruction]]
+    entry: str
 
     @property
     def inside(self) -> frozenset[str]:
@@ -112,12 +115,14 @@ def parse(text: str) -> Program:
     """
     computations: dict[str, dict[str, Instruction]] = {}
     current: dict[str, Instruction] = {}
+    entry = ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
             current = computations.setdefault(header[2], {})
+            entry = header[2] if header[1] else entry
         elif found := _INSTRUCTION.match(line):
             current[found[2]] = _instruction(found)
-    return Program(computations)
+    return Program(computations, entry)
 
 
 def _instruction(found: re.Match) -> Instruction:

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
 import numpy as np
 
-from ..benchmarks.hlo import Instruction, Program, array_bytes, parse
+from ..benchmarks.hlo import Instruction, array_bytes, parse
+from .walk import Visit, walk
 
 #: Operations between devices, by XLA's names; in asynchronous form they are `-start` and `-done`.
 KINDS = tuple("all-reduce all-gather reduce-scatter all-to-all ragged-all-to-all collective-permute".split())
@@ -51,72 +51,30 @@ def collectives(text: str, devices: int) -> list[Collective]:
     >>> [(one.kind, one.sent) for one in collectives("\\n".join([head, argument, body]), 2)]
     [('all-reduce', 16.0)]
     """
-    reader = _Reader(parse(text), devices)
-    entry = re.search(r"^ENTRY %?([\w.\-]+) ", text, re.MULTILINE)
-    return [one for one in reader.read(entry[1]) if len(one.devices) > 1]
+    program = parse(text)
+    blocks, found = program.computations, []
+    for visit in walk(program, lambda one: one.opcode.removesuffix("-done") in KINDS):
+        if not _goes_on(visit.one, blocks[visit.block]):
+            found.append(_collective(visit, blocks[visit.block], devices))
+    return [one for one in found if len(one.devices) > 1]
 
 
-class _Reader:
-    def __init__(self, program: Program, devices: int):
-        self.blocks, self.devices = program.computations, devices
-        self._sending: dict[str, bool] = {}
-
-    def read(self, block: str) -> Iterator[Collective]:
-        """Those of a computation, and of all that it calls."""
-        for one in self.blocks[block].values():
-            if one.opcode.removesuffix("-done") in KINDS and not self._goes_on(one, block):
-                start = self.blocks[block][one.operands[0]] if one.opcode.endswith("-done") else one
-                yield self._collective(one, start, block)
-            for inner in _called(one):
-                if not self._sends(inner):
-                    continue
-                found = self.read(inner)
-                if one.opcode == "while":
-                    turns = _turns(self.blocks, block, one)
-                    found = (_repeated(c, turns) for c in found)
-                elif one.opcode == "conditional":
-                    found = (dataclasses.replace(c, branch=True) for c in found)
-                yield from found
-
-    def _sends(self, block: str) -> bool:
-        """Whether a computation, or one that it calls, has any."""
-        if block not in self._sending:
-            self._sending[block] = any(
-                one.opcode.removesuffix("-done") in KINDS or any(map(self._sends, _called(one)))
-                for one in self.blocks.get(block, {}).values()
-            )
-        return self._sending[block]
-
-    def _goes_on(self, one: Instruction, block: str) -> bool:
-        """Whether it only stands for one that began elsewhere: on TPUs, in each fusion from its start to its end."""
-        begins = (i for i in self.blocks[block].values() if "AsyncCollectiveStart" in i.text)
-        return "chain_id=" in one.text and not any(one.name in i.operands for i in begins)
-
-    def _collective(self, one: Instruction, start: Instruction, block: str) -> Collective:
-        kind, devices = one.opcode.removesuffix("-done"), _group(start.text, self.devices)
-        nbytes = sum(array_bytes(*array) for array in one.arrays)
-        if kind == "ragged-all-to-all":  # buffers for the worst case: no more moves than fits in either
-            nbytes = min(nbytes, self.blocks[block][start.operands[0]].nbytes)
-        if block.startswith("all-reduce-scatter"):  # a TPU's fusion of both, which moves no more than the latter
-            kind, nbytes = "reduce-scatter", nbytes // len(devices)
-        return Collective(kind, nbytes, devices)
+def _goes_on(one: Instruction, block: dict[str, Instruction]) -> bool:
+    """Whether it only stands for one that began elsewhere: on TPUs, in each fusion from its start to its end."""
+    begins = (i for i in block.values() if "AsyncCollectiveStart" in i.text)
+    return "chain_id=" in one.text and not any(one.name in i.operands for i in begins)
 
 
-def _called(one: Instruction) -> list[str]:
-    """The computations that an instruction runs; those that reductions apply to elements are none."""
-    if one.opcode in ("reduce", "all-reduce", "all-reduce-start", "reduce-scatter", "scatter", "sort", "map"):
-        return []
-    single = re.findall(
-        r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)", one.text
-    )
-    several = re.findall(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}", one.text)
-    return single + [name for group in several for name in re.findall(r"[\w.\-]+", group)]
-
-
-def _repeated(one: Collective, turns: int | None) -> Collective:
-    if turns is None:
-        return dataclasses.replace(one, counted=False)
-    return dataclasses.replace(one, times=one.times * turns)
+def _collective(visit: Visit, block: dict[str, Instruction], devices: int) -> Collective:
+    one = visit.one
+    start = block[one.operands[0]] if one.opcode.endswith("-done") else one
+    kind, group = one.opcode.removesuffix("-done"), _group(start.text, devices)
+    nbytes = sum(array_bytes(*array) for array in one.arrays)
+    if kind == "ragged-all-to-all":  # buffers for the worst case: no more moves than fits in either
+        nbytes = min(nbytes, block[start.operands[0]].nbytes)
+    if visit.block.startswith("all-reduce-scatter"):  # a TPU's fusion of both, which moves no more than the latter
+        kind, nbytes = "reduce-scatter", nbytes // len(group)
+    return Collective(kind, nbytes, group, visit.times, visit.branch, visit.counted)
 
 
 def _group(text: str, devices: int) -> tuple[int, ...]:
@@ -164,31 +122,3 @@ def _cycle(pairs: list[tuple[int, ...]]) -> tuple[int, ...]:
     while (after := onward.get(found[-1])) is not None and after not in found:
         found.append(after)
     return tuple(found)
-
-
-def _turns(blocks: dict[str, dict[str, Instruction]], block: str, loop: Instruction) -> int | None:
-    """How often a loop runs its body: as XLA notes it, or by the constants that it counts from and to; else None."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text):
-        return int(known[1])
-    condition = blocks[re.search(r"condition=%?([\w.\-]+)", loop.text)[1]]
-    root = next(one for one in condition.values() if one.root)
-    if root.opcode != "compare" or "direction=LT" not in root.text:
-        return None
-    counter, limit = (condition.get(name) for name in root.operands)
-    if counter is None or counter.opcode != "get-tuple-element" or (most := _constant(limit)) is None:
-        return None
-    carry = blocks[block][loop.operands[0]]
-    start = blocks[block].get(carry.operands[_index(counter)]) if carry.opcode == "tuple" else None
-    while start is not None and start.opcode in ("copy", "bitcast"):
-        start = blocks[block].get(start.operands[0])
-    # JAX counts from 0 where it is not seen: XLA moves constants into the loops around
-    return most - (_constant(start) or 0)
-
-
-def _constant(one: Instruction | None) -> int | None:
-    found = re.match(r"(-?\d+)\)", one.text) if one is not None and one.opcode == "constant" else None
-    return int(found[1]) if found else None
-
-
-def _index(one: Instruction) -> int:
-    return int(re.search(r"index=(\d+)", one.text)[1])

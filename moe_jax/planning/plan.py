@@ -8,6 +8,7 @@ from ..sharding.mesh import make_mesh as mesh_of
 from .collectives import Collective, collectives
 from .costs import Roofline, cache_bytes, roofline, work
 from .devices import Topology
+from .kernels import Kernel, kernels
 from .programs import Job, Memory, Stage, abstract_weights, compile_stage, device_bytes
 
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
@@ -21,6 +22,7 @@ class StagePlan:
     memory: Memory | None
     refusal: str
     sent: list[Collective]
+    kernels: list[Kernel]
     roofline: Roofline
     seconds: float
 
@@ -68,8 +70,9 @@ def make_plan(
         made = compile_stage(job, sharding, stage, weights)
         tell(f"compiled {stage} in {made.seconds:.1f} s")
         sent = collectives(made.text, mesh.size) if made.memory else []
+        own = kernels(made.text) if made.memory else []
         limits = roofline(work(job, sharding, stage, weights), sent, topology.device)
-        stages.append(StagePlan(stage, made.memory, made.refusal, sent, limits, made.seconds))
+        stages.append(StagePlan(stage, made.memory, made.refusal, sent, own, limits, made.seconds))
     return Plan(
         job=job,
         topology=topology,

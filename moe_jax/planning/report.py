@@ -5,6 +5,8 @@ from collections import defaultdict
 from typing import Any
 
 from .collectives import Collective
+from .devices import Device
+from .kernels import Kernel
 from .plan import Plan, StagePlan
 from .search import Estimate
 
@@ -28,6 +30,10 @@ def as_text(plan: Plan) -> str:
         if one.sent:
             header = [f"{one.stage}: sent by a device", "times", "over", "each", "in all"]
             lines += ["", *_table(header, _sent_rows(one.sent))]
+    for one in plan.stages:
+        if one.kernels:
+            header = [f"{one.stage}: kernels", "times", "VMEM", "bytes", "GFLOP", "at best, ms", "limit"]
+            lines += ["", *_table(header, [_kernel_row(kernel, topology.device) for kernel in one.kernels])]
     header = ["at best, ms", "memory", "compute", "wire", "limit", "compiled in"]
     lines += ["", *_table(header, [_roofline_row(one) for one in plan.stages])]
     step = plan.stages[-1].roofline.seconds
@@ -69,6 +75,21 @@ def _sent_rows(sent: list[Collective]) -> list[list[str]]:
         name = kind + (", if an exchange overflows" if branch else "") + ("" if counted else ", each turn of a loop")
         rows.append((branch, -total, [name, f"{times}", f"{size}", _bytes(each), _bytes(total)]))
     return [row for *_, row in sorted(rows)]
+
+
+def _kernel_row(one: Kernel, device: Device) -> list[str]:
+    """Bytes, operations and time of all calls together."""
+    name = one.name + (", if an exchange overflows" if one.branch else "") + ("" if one.counted else ", each turn")
+    moved, flops, best = (one.times * x for x in (one.nbytes, one.flops, 1e3 * one.seconds(device)))
+    return [
+        name,
+        f"{one.times}",
+        _bytes(one.vmem),
+        _bytes(moved),
+        f"{flops / 1e9:.3g}",
+        f"{best:.3g}",
+        one.limit(device),
+    ]
 
 
 def _roofline_row(one: StagePlan) -> list[str]:
@@ -115,6 +136,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "fits": plan.fits_in(one),
             "refusal": one.refusal,
             "collectives": sent,
+            "kernels": [dataclasses.asdict(k) | {"seconds": k.seconds(plan.topology.device)} for k in one.kernels],
             "roofline": limits,
             "compile_seconds": one.seconds,
         }

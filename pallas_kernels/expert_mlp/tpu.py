@@ -63,15 +63,16 @@ def _run(x, ids, weights, experts, plan, layer, expected, call):
         tiling = _tiling(x, ids, experts, plan, expected, target)
         call = Call(tiling, target.cores, tpu_tilings.vmem_limit(target))
     if call.tiling.in_place:
-        return _in_place(call, x, ids, weights, experts, plan, layer)
+        return _in_place(call, x, ids, weights, experts, plan, layer, expected or ids.size)
     if plan is None:
         plan = make_plan(ids, experts.num_experts, call.tiling.rows)
     return _gathered(call, x, weights, experts, plan, layer, expected or ids.size)
 
 
-def _in_place(call, x, ids, weights, experts, plan, layer):
+def _in_place(call, x, ids, weights, experts, plan, layer, expected):
     tile_expert, num_tiles = (plan.tile_expert, plan.num_tiles) if plan else active(ids, experts.num_experts)
-    sums = expert_mlp(call, x, (ids, weights), tile_expert, num_tiles, experts, layer)
+    tiles = tpu_tilings.active(expected, experts.num_experts)
+    sums = expert_mlp(call, x, (ids, weights), tile_expert, num_tiles, experts, layer, tiles)
     return sums[0] if len(sums) == 1 else sums.sum(0).astype(x.dtype)
 
 
@@ -80,12 +81,14 @@ def _gathered(call, x, weights, experts, plan, layer, expected):
     size, choices = plan.tile_rows, weights.shape[1]
     tiles = min(plan.max_tiles, 1 + int(_SLACK * expected) // size + experts.num_experts // 2)
 
+    even = tpu_tilings.tiles_of(expected, experts.num_experts, size)
+
     def add(total, first, tile_expert, row_choice):
         """`total` and what rows of some tiles give, from the `first` on."""
         # the rows of no choice hold any token's: nobody reads what becomes of them
         rows = x.at[row_choice // choices].get(mode="clip")
         count = jnp.minimum(plan.num_tiles - first, len(tile_expert))
-        out = expert_mlp(call, rows, None, tile_expert, count, experts, layer)
+        out = expert_mlp(call, rows, None, tile_expert, count, experts, layer, float(min(even, len(tile_expert))))
         slot = plan.slot - first * size
         return _added(total, out, jnp.where(slot < 0, len(out), slot), weights)
 

@@ -52,11 +52,12 @@ class _Shape:
         return pl.cdiv(self.hidden, self.tiling.hidden)
 
 
-def expert_mlp(call: Call, rows, routing, tile_expert, num_tiles, experts, layer):
+def expert_mlp(call: Call, rows, routing, tile_expert, num_tiles, experts, layer, tiles: float):
     """The experts' outputs: for each token their weighted sum in place, else those of each tile's rows.
 
     `rows [G, D]`, or `[tiles * rows, D]` gathered; `routing`: ids and weights `[G, A]`, in place only; `tile_expert
-    [tiles]` and how many of them hold work; `experts` of one layer, or all with the index of a `layer`.
+    [tiles]` and how many of them hold work; `experts` of one layer, or all with the index of a `layer`; `tiles`: about
+    how many of them are expected to hold work, which XLA and whoever reads the compiled program are told.
     Returns `[cores, G, D]` in place, parts of a sum in float32 if there are several, else an array like `rows`, where
     rows of tiles without work mean nothing.
     """
@@ -92,7 +93,7 @@ def expert_mlp(call: Call, rows, routing, tile_expert, num_tiles, experts, layer
             scratch_shapes=[pltpu.VMEM(size, jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=call.vmem),
-        cost_estimate=_cost(shape, len(tile_expert), arrays, out),
+        cost_estimate=_cost(shape, tiles, arrays, out),
         interpret=call.interpret,
     )(*scalars, *arrays)
 
@@ -161,14 +162,19 @@ def _spec(shape, name, array, place):
 
 
 def _cost(shape, tiles, arrays, out):
-    """What the kernel does at most, for XLA's schedule: every tile with work."""
-    products = 2 * sum(name in ("gate", "up", "down") for name in shape.parts) * shape.width * shape.hidden
-    weights = [array for array in arrays if array.ndim == 3]
-    each = sum(array.dtype.itemsize * array.shape[1] * array.shape[2] for array in weights)
-    rows = sum(array.size * array.dtype.itemsize for array in arrays if array.ndim == 2)
-    nbytes = tiles * each + rows + out.size * out.dtype.itemsize
-    flops = tiles * shape.tiling.rows * products
-    return pl.CostEstimate(flops=flops, bytes_accessed=nbytes, transcendentals=tiles * shape.tiling.rows * shape.hidden)
+    """What the kernel does for so many tiles: rows once, and of each tile's expert all weights."""
+    each = sum(array.dtype.itemsize * array.shape[1] * array.shape[2] for array in arrays if array.ndim == 3)
+    rows = tiles * shape.tiling.rows
+    moved = [array for array in (*arrays, out) if shape.tiling.in_place and (array.ndim == 2 or array is out)]
+    nbytes = sum(array.size * array.dtype.itemsize for array in moved)
+    if not shape.tiling.in_place:
+        nbytes = rows * shape.width * (arrays[0].dtype.itemsize + out.dtype.itemsize)
+    products = sum(name in ("gate", "up", "down") for name in shape.parts) * shape.width * shape.hidden
+    return pl.CostEstimate(
+        flops=int(2 * rows * products),
+        bytes_accessed=int(nbytes + tiles * each),
+        transcendentals=int(rows * shape.hidden),
+    )
 
 
 # ---------------------------------------------------------------- inside the kernel

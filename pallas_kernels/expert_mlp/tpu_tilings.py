@@ -97,17 +97,36 @@ def choose(tokens: int, routed: int, experts, itemsize: int, target: Generation,
     hidden = hidden_block(experts.width, experts.hidden, unit_bytes)
     if rows is not None:
         return Tiling(min(rows, tokens), hidden, rows >= tokens)
-    active = experts.num_experts * (1 - (1 - 1 / experts.num_experts) ** routed)
     arrival = max(unit_bytes / (len(kernels) * 2), 1 / target.balance)  # of int8 half of bfloat16's
 
     def cost(one: Tiling) -> float:
-        tiles = active if one.in_place else active * max(1.0, routed / active / one.rows + 0.5)
+        count = experts.num_experts
+        tiles = active(routed, count) if one.in_place else tiles_of(routed, count, one.rows)
         moved = 0 if one.in_place else _TOUCHED * routed * itemsize / (unit_bytes * experts.hidden)
         return tiles * max(arrival, one.rows / (_REACHED * target.balance)) + moved
 
     found = [Tiling(tokens, hidden, True), *(Tiling(size, hidden, False) for size in _ROWS if size < tokens)]
     fitting = [one for one in found if vmem_bytes(one, experts.width, unit_bytes, itemsize) <= _SHARE * target.vmem]
     return min(fitting or found[1:] or found, key=cost)
+
+
+def active(routed: int, num_experts: int) -> float:
+    """How many experts even routing chooses, `routed` times one.
+
+    >>> round(active(8, 128), 1), active(1, 4)
+    (7.8, 1.0)
+    """
+    return num_experts * (1 - (1 - 1 / num_experts) ** routed)
+
+
+def tiles_of(routed: int, num_experts: int, rows: int) -> float:
+    """How many tiles of `rows` gathered rows even routing fills: of each expert's tiles the last one is half full.
+
+    >>> tiles_of(4096, 8, 256)
+    20.0
+    """
+    some = max(active(routed, num_experts), 1e-9)
+    return some * max(1.0, routed / some / rows + 0.5)
 
 
 def vmem_bytes(one: Tiling, width: int, unit_bytes: float, itemsize: int) -> float:

@@ -74,6 +74,9 @@ def ranks(ids: jax.Array, num_experts: int, interpret: Any = False) -> tuple[jax
             jax.ShapeDtypeStruct((1, num_experts), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * tokens * num_experts * (rows + 2 * choices), bytes_accessed=8 * ids.size, transcendentals=0
+        ),
         interpret=interpret,
     )(ids)
     return rank, counts[0]

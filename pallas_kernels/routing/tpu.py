@@ -17,7 +17,7 @@ from .xla import _TINY, weigh
 NAME = "moe_jax_routing_topk_tpu"
 MAX_GROUPS = 16
 #: Elements of a block: it and what is made of it stay well within a core's memory.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 16
 #: Scores are ranked as integers that order as the scores do, NaN highest; below every score an expert outside the best
 #: groups, then one that is taken.
 _NAN, _OUTSIDE, _TAKEN = 2**31 - 1, -(2**31) + 0x7FFFFF, -(2**31)
@@ -83,6 +83,11 @@ def _choose(rule, logits, bias):
             jax.ShapeDtypeStruct((1, experts), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=pl.CostEstimate(
+            flops=5 * rule.k * logits.size,  # a maximum, the first that is it, and three masks
+            bytes_accessed=logits.size * logits.dtype.itemsize + 8 * rule.tokens * rule.k + 8 * experts,
+            transcendentals=logits.size,
+        ),
         interpret=rule.interpret,
     )(*given)
     return ids, weights, counts[0]
