@@ -39,7 +39,7 @@ def quantize(model: Model, bits: int = 8, group_size: int | None = None) -> Mode
     table = parameters(model.architecture)
     for name, array in weights.items():
         if is_kernel(name) and not isinstance(array, MXFP4Array):
-            weights[name], finite = _quantize(array, group_size, table[name].inputs, table[name].layers is not None)
+            weights[name], finite = _quantize(array, group_size, table[name].layers is not None)
             if not finite:
                 raise ValueError(f"quantize: {name} holds values that are not finite")
     return Model(model.config, nested(weights), model.generation, model.named)
@@ -65,17 +65,15 @@ def dequantize(model: Model) -> Model:
 
 def encoder(name: str, parameter: Parameter, group_size: int | None) -> Any:
     """What `quantize` does with one layer of a parameter, for a loader that does it layer by layer; None: nothing."""
-    return functools.partial(_quantize, group_size=group_size, inputs=parameter.inputs) if is_kernel(name) else None
+    return functools.partial(_quantize, group_size=group_size) if is_kernel(name) else None
 
 
-@functools.partial(jax.jit, static_argnames=("group_size", "inputs", "stacked"))
-def _quantize(
-    array: jax.Array, group_size: int | None, inputs: int, stacked: bool = False
-) -> tuple[QuantizedArray, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("group_size", "stacked"))
+def _quantize(array: jax.Array, group_size: int | None, stacked: bool = False) -> tuple[QuantizedArray, jax.Array]:
     """The kernel or stack of kernels in int8, and whether all of it was finite."""
 
     def one(kernel):
-        return quantize_array(kernel, group_size, inputs), jnp.isfinite(kernel).all()  # max passes over NaN on a CPU
+        return quantize_array(kernel, group_size), jnp.isfinite(kernel).all()  # max passes over NaN on a CPU
 
     if not stacked:
         return one(array)

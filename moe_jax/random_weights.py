@@ -1,6 +1,5 @@
 """Random weights, drawn on the device in blocks: nothing but the weights themselves ever takes much memory."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.mxfp4 import GROUP, MXFP4Array
-from pallas_kernels.quantized import QuantizedArray, check_group_size, is_quantized, quantize
+from pallas_kernels.quantized import check_group_size, is_quantized, quantize
 
 from .weights import Parameter, is_kernel
 
@@ -54,17 +53,17 @@ def draw(
         return jnp.zeros(parameter.shape, dtype)
     if "norm" in name:
         return jnp.ones(parameter.shape, dtype)
-    return _filled(key, parameter.shape, max(1, parameter.inputs), jnp.dtype(dtype), form, group_size)
+    return _filled(key, parameter.shape, jnp.dtype(dtype), form, group_size)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _filled(key, shape, inputs, dtype, form=None, group_size=None):
-    """A kernel `[..., *inputs]`, row by row of its products, in a buffer that the loop carries.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _filled(key, shape, dtype, form=None, group_size=None):
+    """A kernel `[..., in]`, row by row, in a buffer that the loop carries.
 
     It leaves in its final shape: outside of the program a reshape would be a copy.
     """
-    lead, tail = shape[:-inputs], shape[-inputs:]
-    rows, width = math.prod(lead), math.prod(tail)
+    *lead, width = shape
+    rows = math.prod(lead)
     size = max(1, min(rows, _BLOCK // width))
 
     def block(key):
@@ -87,9 +86,7 @@ def _filled(key, shape, inputs, dtype, form=None, group_size=None):
         made = jax.lax.fori_loop(0, -(-rows // size), put, empty)
     if not is_quantized(made):
         return made.reshape(shape)
-    made = jax.tree.map(lambda a: a.reshape(*lead, a.shape[-1]), made)
-    several = isinstance(made, QuantizedArray) and inputs > 1
-    return dataclasses.replace(made, inputs=tail) if several else made
+    return jax.tree.map(lambda a: a.reshape(*lead, a.shape[-1]), made)
 
 
 def _codes(key, rows, width, dtype):

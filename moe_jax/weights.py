@@ -17,14 +17,14 @@ class Parameter:
     """Shape of one parameter. `layers`: which model layers its leading axis holds (None: it belongs to no layer).
 
     `experts`: length of the expert axis behind the layer axis, 0 without. `counts`: in pyramids, how many experts
-    each of `layers` has; the leading axis then holds them all, layer by layer, in place of a layer axis. `inputs`:
-    how many trailing axes are contracted with the input, 0 for what is no kernel.
+    each of `layers` has; the leading axis then holds them all, layer by layer, in place of a layer axis.
+    `contracted`: whether the last axis is that of an input, as it is of every matrix.
     """
 
     shape: tuple[int, ...]
     layers: tuple[int, ...] | None = None
     experts: int = 0
-    inputs: int = 0
+    contracted: bool = False
     counts: tuple[int, ...] | None = None
 
 
@@ -36,7 +36,7 @@ def parameters(architecture: Architecture) -> dict[str, Parameter]:
     `q [L, N, H, D]`, but for `o [L, D, N * Hv]`, in which they are contracted.
     """
     block, width, vocab = architecture.block, architecture.block.width, architecture.vocab_size
-    table = {"embedding": Parameter((vocab, width), inputs=1)}
+    table = {"embedding": Parameter((vocab, width), contracted=True)}
     every = tuple(range(len(architecture.layers)))
     _stack(table, every, {f"attention.{k}": v for k, v in _attention(block.attention, width).items()})
     for norm in ("attention_norm", "mlp_norm"):
@@ -47,10 +47,10 @@ def parameters(architecture: Architecture) -> dict[str, Parameter]:
     if architecture.moe_layers:
         _moe(table, architecture)
     if architecture.learned_positions:
-        table["positions"] = Parameter((architecture.context, width), inputs=1)
+        table["positions"] = Parameter((architecture.context, width), contracted=True)
     table |= {f"final_norm.{k}": Parameter(v) for k, v in _norm(block).items()}
     if not architecture.tied:
-        table["head.kernel"] = Parameter((vocab, width), inputs=1)
+        table["head.kernel"] = Parameter((vocab, width), contracted=True)
     if architecture.head_bias:
         table["head.bias"] = Parameter((vocab,))
     return table
@@ -60,8 +60,7 @@ def _stack(table, layers, shapes, experts=0):
     lead = (len(layers), experts) if experts else (len(layers),)
     for name, shape in shapes.items():
         vector = len(shape) == 1 or name.endswith(("_bias", "_norm"))
-        inputs = int(not vector)
-        table[name] = Parameter((*lead, *shape), layers, experts, inputs)
+        table[name] = Parameter((*lead, *shape), layers, experts, not vector)
 
 
 def _norm(block: BlockConfig) -> Shapes:
@@ -100,9 +99,9 @@ def _moe(table: dict[str, Parameter], architecture: Architecture) -> None:
         _stack(table, layers, experts, router.num_experts)
         return
     total = sum(counts)
-    table["moe.router"] = Parameter((total, block.width), layers, 0, 1, counts)
+    table["moe.router"] = Parameter((total, block.width), layers, 0, True, counts)
     for name, shape in experts.items():
-        table[name] = Parameter((total, *shape), layers, total, int(len(shape) > 1), counts)
+        table[name] = Parameter((total, *shape), layers, total, len(shape) > 1, counts)
 
 
 def _attention(config: AttentionConfig, width: int) -> Shapes:

@@ -71,8 +71,7 @@ class Quantized:
 class QuantizedArray(Quantized):
     """A kernel `[..., in]` in int8: `values * scales`, symmetric, the contraction last.
 
-    `values` int8 `[..., in]`, several contracted axes flattened into one (then `inputs` has their lengths). `scales`
-    float32, in one of two layouts that their axes tell apart:
+    `values` int8 `[..., in]`. `scales` float32, in one of two layouts that their axes tell apart:
 
     - blocks along the contraction, `[..., ceil(in / group_size)]`: one scale for `group_size` consecutive inputs of a
       row, the last block possibly shorter; `group_size` None: one for the whole row (per output channel);
@@ -89,13 +88,12 @@ class QuantizedArray(Quantized):
     values: Any
     scales: Any
     dtype: Any = np.dtype(np.float32)
-    inputs: tuple[int, ...] | None = None
     group_size: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that this stands for."""
-        return (*self.values.shape[:-1], *(self.inputs or self.values.shape[-1:]))
+        return self.values.shape
 
     @property
     def runs(self) -> bool:
@@ -119,7 +117,7 @@ class QuantizedArray(Quantized):
     def tree_flatten_with_keys(self):
         names = "values", "scales"
         children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
-        return children, (self.dtype, self.inputs, self.group_size)
+        return children, (self.dtype, self.group_size)
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -139,8 +137,8 @@ def dense(w: Any, dtype: Any = None) -> Any:
     return w.dequantize(dtype) if is_quantized(w) else w
 
 
-def quantize(w: AnyArray, group_size: int | None = None, inputs: int = 1) -> QuantizedArray:
-    """Symmetric int8 of a kernel `[..., in]`, the last `inputs` axes contracted: `round(w / scale)`, half to even.
+def quantize(w: AnyArray, group_size: int | None = None) -> QuantizedArray:
+    """Symmetric int8 of a kernel `[..., in]`, the contraction last: `round(w / scale)`, half to even.
 
     `scale = max|w| / 127` over blocks of `group_size` consecutive inputs, the last one possibly shorter, or over the
     whole row for None. All-zero blocks give zeros; what is not finite gives nonsense. Raises `ValueError` for a
@@ -152,18 +150,15 @@ def quantize(w: AnyArray, group_size: int | None = None, inputs: int = 1) -> Qua
     """
     check_group_size(group_size)
     w = jnp.asarray(w)
-    tail = w.shape[w.ndim - inputs :]
-    width = math.prod(tail)
-    flat = w.reshape(*w.shape[: w.ndim - inputs], width).astype(jnp.float32)
+    *lead, width = w.shape
     size = width if group_size is None else min(group_size, width)
     blocks = -(-width // size)
-    padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, blocks * size - width)])
-    padded = padded.reshape(*flat.shape[:-1], blocks, size)
+    padded = jnp.pad(w.astype(jnp.float32), [(0, 0)] * len(lead) + [(0, blocks * size - width)])
+    padded = padded.reshape(*lead, blocks, size)
     scales = jnp.abs(padded).max(-1) / 127
     divisor = jnp.where(scales < jnp.finfo(jnp.float32).tiny, jnp.inf, scales)
     values = jnp.clip(jnp.round(padded / divisor[..., None]), -127, 127).astype(jnp.int8)
-    values = values.reshape(*flat.shape[:-1], blocks * size)[..., :width]
-    return QuantizedArray(values, scales, np.dtype(w.dtype), tail if inputs > 1 else None, group_size)
+    return QuantizedArray(values.reshape(*lead, blocks * size)[..., :width], scales, np.dtype(w.dtype), group_size)
 
 
 def check_group_size(group_size: Any) -> None:

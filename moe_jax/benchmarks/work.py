@@ -81,7 +81,7 @@ def step_bytes(model: Model, batch: int, prompt: int, new: int, active: float) -
 def prefill_flops(architecture: Architecture, batch: int, prompt: int) -> float:
     """Operations of a prefill: two per active parameter and token, attention's products, each row's last logits."""
     block, table = architecture.block, parameters(architecture)
-    kernels = {name: math.prod(p.shape) for name, p in table.items() if p.inputs}
+    kernels = {name: math.prod(p.shape) for name, p in table.items() if p.contracted}
     for rows in ("embedding", "positions", "head.kernel"):
         kernels.pop(rows, None)
     experts = sum(size for name, size in kernels.items() if table[name].experts)

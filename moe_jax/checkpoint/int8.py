@@ -4,7 +4,6 @@ Scales lie as the values do (transposed, fused, experts in front), with blocks i
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,9 +70,8 @@ class Int8Format:
 
     def split(self, piece: Piece, parameter: Parameter) -> Iterator[Piece]:
         """The piece as one of values and one of scales."""
-        split = len(piece.shape) - parameter.inputs
-        out, width = piece.shape[:split], math.prod(piece.shape[split:])
-        yield dataclasses.replace(piece, shape=(*out, width))
+        *out, width = piece.shape
+        yield piece
         on_disk = list(piece.disk_shape)
         on_disk[-2 if piece.tensor.transposed else -1] = self.blocks(width)
         yield dataclasses.replace(
@@ -86,17 +84,15 @@ class Int8Format:
 
     def stacks(self, name: str, parameter: Parameter) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shapes and dtypes of a parameter's values and scales."""
-        split = len(parameter.shape) - parameter.inputs
-        out, width = parameter.shape[:split], math.prod(parameter.shape[split:])
+        *out, width = parameter.shape
         return {
-            name: ((*out, width), np.dtype(np.int8)),
+            name: (parameter.shape, np.dtype(np.int8)),
             name + SCALE: ((*out, self.blocks(width)), np.dtype(np.float32)),
         }
 
     def join(self, flat: dict[str, Any], name: str, parameter: Parameter, dtype: Any) -> QuantizedArray:
         """The array out of its parts, which leave `flat`."""
-        tail = parameter.shape[-parameter.inputs :] if parameter.inputs > 1 else None
-        return QuantizedArray(flat.pop(name), flat.pop(name + SCALE), np.dtype(dtype), tail, self.group_size)
+        return QuantizedArray(flat.pop(name), flat.pop(name + SCALE), np.dtype(dtype), self.group_size)
 
     def separate(self, name: str, array: QuantizedArray) -> dict[str, Any]:
         """The inverse of `join`."""

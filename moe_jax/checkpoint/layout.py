@@ -49,13 +49,13 @@ def _pieces_of(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> 
     lead = (parameter.layers is not None) + each_expert
     shape = parameter.shape[lead:]
     stacked = parameter.experts > 0 and not each_expert
-    disk_shape = _disk_shape(shape, parameter.inputs, tensor, stacked)
+    disk_shape = _disk_shape(shape, parameter.contracted, tensor, stacked)
     axis = _output_axis(disk_shape, parameter, tensor)
     for place, layer in enumerate(parameter.layers or (None,)):
         for expert in range(parameter.experts) if each_expert else (None,):
             index = (() if layer is None else (place,)) + (() if expert is None else (expert,))
             on_disk = prefix + tensor.name.format(layer=layer, expert=expert)
-            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0, axis)
+            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.contracted, axis)
 
 
 def _pyramid(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> Iterator[Piece]:
@@ -67,26 +67,25 @@ def _pyramid(name: str, parameter: Parameter, tensor: Tensor, prefix: str) -> It
             index = (whole if expert is None else first + expert,)
             shape = parameter.shape[1:] if each_expert else (count, *parameter.shape[1:])
             stacked = parameter.experts > 0 and not each_expert
-            disk_shape = _disk_shape(shape, parameter.inputs, tensor, stacked)
+            disk_shape = _disk_shape(shape, parameter.contracted, tensor, stacked)
             axis = _output_axis(disk_shape, parameter, tensor)
             on_disk = prefix + tensor.name.format(layer=layer, expert=expert)
-            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.inputs > 0, axis)
+            yield Piece(name, tensor, on_disk, index, disk_shape, shape, parameter.contracted, axis)
         first += count
 
 
-def _disk_shape(shape: tuple[int, ...], inputs: int, tensor: Tensor, stacked: bool) -> tuple[int, ...]:
+def _disk_shape(shape: tuple[int, ...], contracted: bool, tensor: Tensor, stacked: bool) -> tuple[int, ...]:
     """Shape on disk of a share of `shape`: heads flattened into `[out, in]`, parts together, experts in front."""
     experts, rest = (shape[:1], shape[1:]) if stacked else ((), shape)
-    split = len(rest) - inputs
-    outputs = math.prod(rest[:split]) * tensor.part[1]
-    kernel = (outputs, math.prod(rest[split:])) if inputs else (outputs,)
+    inputs = rest[-1:] if contracted else ()
+    kernel = (math.prod(rest[: len(rest) - len(inputs)]) * tensor.part[1], *inputs)
     if tensor.transposed:
         kernel = kernel[::-1]
     return ((1,) if tensor.leading_one else ()) + experts + kernel
 
 
 def _output_axis(disk_shape: tuple[int, ...], parameter: Parameter, tensor: Tensor) -> int:
-    return len(disk_shape) - (2 if parameter.inputs and not tensor.transposed else 1)
+    return len(disk_shape) - (2 if parameter.contracted and not tensor.transposed else 1)
 
 
 def from_disk(piece: Piece, array: np.ndarray) -> np.ndarray:

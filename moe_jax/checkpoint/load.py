@@ -96,15 +96,14 @@ def load_weights(
                 weights[name] = _stack(reader, parts, shape, kind, encode)
                 continue
             kernel, block = owner[name]
-            share, full, inputs = shares[kernel], table[kernel].shape, table[kernel].inputs
+            share, full = shares[kernel], table[kernel].shape
             if encode is not None:
                 run = functools.partial(_encoded, piece=parts[0], encode=encode)
                 blocks = 1, group_size
-                weights[name] = encoded_stack(reader, parts, full, kind, share, sharding, run, inputs, blocks)
+                weights[name] = encoded_stack(reader, parts, full, kind, share, sharding, run, blocks)
                 continue
             if kernel in formats:
-                joint = inputs if isinstance(formats[kernel], Int8Format) else 1
-                share = share.of_stored(kernel, full, joint, block, sharding.sizes)
+                share = share.of_stored(kernel, full, block, sharding.sizes)
             weights[name] = sharded_stack(reader, parts, shape, kind, share, sharding)
     weights = joined(weights, table, formats, dtype)
     if sharding is not None:

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import math
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -56,17 +55,16 @@ def encoded_stack(
     share: Share,
     sharding: Sharding,
     encode: Callable[[np.ndarray], Any],
-    contracted: int,
     blocks: Sequence[int | None],
 ) -> Any:
     """`sharded_stack` of what `encode` makes of each layer, for which whole rows are read even where they are cut."""
     stored, lies = share.stored_shape(shape), NamedSharding(sharding.mesh, share.spec)
-    lead, layered = len(stored) - contracted, bool(pieces[0].index)
-    total, rows = math.prod(stored[lead:]), stored[:lead]
-    own_lies = [share.of_stored(pieces[0].parameter, shape, contracted, block, sharding.sizes) for block in blocks]
+    *rows, total = stored
+    layered = bool(pieces[0].index)
+    own_lies = [share.of_stored(pieces[0].parameter, shape, block, sharding.sizes) for block in blocks]
     leaves: list[list[jax.Array]] = []
     for region, devices in regions(lies, stored).items():
-        full = (*region[:lead], *((0, size) for size in stored[lead:]))
+        full = (*region[:-1], (0, total))
         made = []
         for layer in range(*region[0]) if layered else (None,):
             own = full if layer is None else ((layer, layer + 1), *full[1:])
@@ -78,7 +76,7 @@ def encoded_stack(
         leaves = leaves or [[] for _ in widths]
         for found, leaf, block in zip(leaves, jax.tree.leaves(one), blocks, strict=True):
             if block is not None:
-                start, stop = (edge * leaf.shape[-1] // total for edge in _inputs(region[lead:], stored[lead:]))
+                start, stop = (edge * leaf.shape[-1] // total for edge in region[-1])
                 leaf = np.ascontiguousarray(leaf[..., start:stop])
             found += [jax.device_put(leaf, device) for device in devices]
         jax.block_until_ready(leaves)
@@ -87,12 +85,6 @@ def encoded_stack(
         where = NamedSharding(sharding.mesh, lie.spec)
         whole.append(jax.make_array_from_single_device_arrays((*rows, width), where, found))
     return jax.tree.unflatten(structure, whole)
-
-
-def _inputs(region: Sequence[tuple[int, int]], sizes: Sequence[int]) -> tuple[int, int]:
-    """Where a region of contracted axes, cut along the first of them, begins and ends in one axis of all."""
-    inner = math.prod(sizes[1:])
-    return region[0][0] * inner, region[0][1] * inner
 
 
 def regions(lies: NamedSharding, shape: tuple[int, ...]) -> dict[tuple[tuple[int, int], ...], list[jax.Device]]:

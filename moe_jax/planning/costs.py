@@ -141,7 +141,7 @@ def _products(job: Job, sharding: Sharding) -> tuple[float, int]:
         whole = shares[name].stored_shape(parameter.shape)
         sizes[name] = math.prod(NamedSharding(sharding.mesh, shares[name].spec).shard_shape(whole))
     head = sizes["embedding" if architecture.tied else "head.kernel"]
-    kernels = {name: size for name, size in sizes.items() if table[name].inputs}
+    kernels = {name: size for name, size in sizes.items() if table[name].contracted}
     for name in ("embedding", "positions", "head.kernel"):
         kernels.pop(name, None)
     experts = float(sum(size for name, size in kernels.items() if table[name].experts))

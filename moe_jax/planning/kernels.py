@@ -38,7 +38,7 @@ class Kernel:
 
 def kernels(text: str) -> list[Kernel]:
     """All calls of `moe_jax_*` kernels for TPUs in `compiled.as_text()`, those that are alike together."""
-    found: dict[tuple, int] = {}
+    found: dict[Kernel, int] = {}
     for visit in walk(parse(text), lambda one: 'custom_call_target="tpu_custom_call"' in one.text):
         name = re.match(r"(moe_jax_\w+?)(\.[\w.]+)?$", visit.one.name)
         if name is None:
@@ -46,6 +46,6 @@ def kernels(text: str) -> list[Kernel]:
         cost, memory = _COST.search(visit.one.text), _MEMORY.search(visit.one.text)
         flops, nbytes = map(int, cost.groups()) if cost else (0, 0)
         vmem = max((int(size) for size in re.findall(r'"size":"(\d+)"', memory[1])), default=0) if memory else 0
-        alike = name[1], vmem, nbytes, flops, visit.branch, visit.counted
+        alike = Kernel(name[1], vmem, nbytes, flops, 0, visit.branch, visit.counted)
         found[alike] = found.get(alike, 0) + visit.times
-    return [Kernel(*alike[:4], times, *alike[4:]) for alike, times in found.items()]
+    return [dataclasses.replace(alike, times=times) for alike, times in found.items()]

@@ -1,7 +1,5 @@
 """Weights from one device to where their parts belong on a mesh, and back."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,22 +20,22 @@ def placed(name: str, array: Any, share: Share, shape: tuple[int, ...], sharding
     if not is_quantized(array):
         return _moved(array, share, sharding)
     leaves, structure = jax.tree.flatten(array)
-    lies = [share.of_stored(name, shape, contracted(array), block, sharding.sizes) for block in blocks_of(array)]
+    lies = [share.of_stored(name, shape, block, sharding.sizes) for block in blocks_of(array)]
     made = [_moved(leaf, lie, sharding) for leaf, lie in zip(leaves, lies, strict=True)]
-    return _with_inputs(jax.tree.unflatten(structure, made), share.stored_shape(shape))
+    return jax.tree.unflatten(structure, made)
 
 
 def whole(name: str, array: Any, share: Share, shape: tuple[int, ...], sharding: Sharding) -> Any:
     """The inverse of `placed`, on the default device."""
     if not is_quantized(array):
         return _whole(array, share, shape)
-    lead, (leaves, structure) = len(shape) - contracted(array), jax.tree.flatten(array)
+    leaves, structure = jax.tree.flatten(array)
     made = []
     for leaf, block in zip(leaves, blocks_of(array), strict=True):
-        lie = share.of_stored(name, shape, contracted(array), block, sharding.sizes)
-        length = 1 if block is None else -(-math.prod(shape[lead:]) // block)
-        made.append(_whole(leaf, lie, (*shape[:lead], length)))
-    return _with_inputs(jax.tree.unflatten(structure, made), shape)
+        lie = share.of_stored(name, shape, block, sharding.sizes)
+        length = 1 if block is None else -(-shape[-1] // block)
+        made.append(_whole(leaf, lie, (*shape[:-1], length)))
+    return jax.tree.unflatten(structure, made)
 
 
 def unit_of(flat: Mapping[str, Any]) -> int:
@@ -52,17 +50,6 @@ def unit_of(flat: Mapping[str, Any]) -> int:
 def blocks_of(array: Any) -> tuple[int, int | None]:
     """How many inputs an element of each array stands for that a quantised kernel is stored as; None: all of a row."""
     return (1, array.group_size) if isinstance(array, QuantizedArray) else (WORD, GROUP)
-
-
-def contracted(array: Any) -> int:
-    """How many axes of a quantised kernel are stored as one."""
-    return len(array.inputs) if isinstance(array, QuantizedArray) and array.inputs else 1
-
-
-def _with_inputs(array: Any, shape: tuple[int, ...]) -> Any:
-    """A quantised kernel that stands for an array of `shape`."""
-    count = contracted(array)
-    return dataclasses.replace(array, inputs=tuple(shape[len(shape) - count :])) if count > 1 else array
 
 
 def _moved(array: Any, share: Share, sharding: Sharding) -> jax.Array:

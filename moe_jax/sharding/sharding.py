@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.quantized import QuantizedArray, is_quantized
+from pallas_kernels.quantized import is_quantized
 
 from ..axes import RULES, Axes
 from ..block_config import Architecture
@@ -136,8 +136,6 @@ def leaf_specs(weights: Mapping[str, Any], specs: Mapping[str, Any]) -> Any:
 
 
 def _fitted(spec: PartitionSpec, kernel: Any, leaf: Any) -> PartitionSpec:
-    """The spec of an array that a kernel is stored as: contracted axes are one, which a scale may span."""
-    contracted = len(kernel.inputs) if isinstance(kernel, QuantizedArray) and kernel.inputs else 1
+    """The spec of an array that a kernel is stored as, of which one number may be for all inputs."""
     parts = [*spec, *[None] * (kernel.ndim - len(spec))]
-    last = next((part for part in parts[len(parts) - contracted :] if part), None)
-    return PartitionSpec(*parts[: len(parts) - contracted], last if leaf.shape[-1] > 1 else None)
+    return PartitionSpec(*parts[:-1], parts[-1] if leaf.shape[-1] > 1 else None)

@@ -39,26 +39,21 @@ class Share:
         """Shape of what is stored for a parameter of `shape`."""
         return tuple(n if s is None else s.shape[-1] for n, s in zip(shape, self.sources, strict=True))
 
-    def of_stored(
-        self, name: str, shape: tuple[int, ...], contracted: int, block: int | None, sizes: dict[str, int]
-    ) -> "Share":
-        """The share of an array that a kernel of `shape` is stored as, its last `contracted` axes in one.
+    def of_stored(self, name: str, shape: tuple[int, ...], block: int | None, sizes: dict[str, int]) -> "Share":
+        """The share of an array that a kernel of `shape` is stored as.
 
         `block`: inputs that one element of the array stands for, None for all. Raises `ValueError` where such inputs
         would come apart.
         """
-        lead = len(shape) - contracted
-        names = next(filter(None, self.axes[lead:]), ())
-        sources, axes = self.sources[:lead], self.axes[:lead]
+        names, total, stored = self.axes[-1], shape[-1], self.stored_shape(shape)[-1]
         if block is None:
-            return Share((*sources, None), (*axes, ()))
-        total, stored = math.prod(shape[lead:]), math.prod(self.stored_shape(shape)[lead:])
+            return Share((*self.sources[:-1], None), (*self.axes[:-1], ()))
         part = stored // math.prod(sizes[n] for n in names)
         if names and part % block:
             raise ValueError(f"{name}: {part} of {total} inputs along {names}, no multiple of {block} with one scale")
         length, need = -(-total // block), -(-stored // block)
         last = None if need == length else np.concatenate([np.arange(length), np.full(need - length, -1)])
-        return Share((*sources, last), (*axes, names))
+        return Share((*self.sources[:-1], last), self.axes)
 
 
 def shares(

@@ -87,8 +87,8 @@ def hidden_block(width: int, hidden: int, unit_bytes: float) -> int:
 def choose(tokens: int, routed: int, experts, itemsize: int, target: Generation, rows: int | None = None) -> Tiling:
     """The tiling of `tokens` that choose `routed` experts in all; `rows`: of a plan that there is already.
 
-    A tile costs what its weights take to arrive, or its products where these take longer; gathered rows are moved as
-    well. The form with the least in all is taken, of those that fit into a core's memory: few tokens run in place,
+    A tile costs about what its weights take to arrive, or its products where these take longer; gathered rows are moved
+    as well. The form with the least in all is taken, of those that fit into a core's memory: few tokens run in place,
     many in tiles as high as their experts have rows.
     """
     kernels = [w for w in (experts.gate, experts.up, experts.down) if w is not None]
@@ -103,7 +103,8 @@ def choose(tokens: int, routed: int, experts, itemsize: int, target: Generation,
         count = experts.num_experts
         tiles = active(routed, count) if one.in_place else tiles_of(routed, count, one.rows)
         moved = 0 if one.in_place else _TOUCHED * routed * itemsize / (unit_bytes * experts.hidden)
-        return tiles * max(arrival, one.rows / (_REACHED * target.balance)) + moved
+        products = one.rows / (_REACHED * target.balance)
+        return tiles * (arrival**4 + products**4) ** 0.25 + moved  # about the longer of both, which never overlap whole
 
     found = [Tiling(tokens, hidden, True), *(Tiling(size, hidden, False) for size in _ROWS if size < tokens)]
     fitting = [one for one in found if vmem_bytes(one, experts.width, unit_bytes, itemsize) <= _SHARE * target.vmem]

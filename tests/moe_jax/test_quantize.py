@@ -178,7 +178,7 @@ def test_only_our_layouts_are_saved(tmp_path):
         moe_jax.save_pretrained(model, tmp_path)
     mixed = quantize(Model.initialize(tiny_config())).arrays()
     up = mixed["moe"]["up"]
-    mixed["moe"]["up"] = QuantizedArray(up.values, jnp.tile(up.scales, 2), up.dtype, None, 16)
+    mixed["moe"]["up"] = QuantizedArray(up.values, jnp.tile(up.scales, 2), up.dtype, 16)
     with pytest.raises(ValueError, match="a saved model has one"):
         moe_jax.save_pretrained(Model(tiny_config(), mixed), tmp_path)
 

@@ -59,7 +59,7 @@ def draw(architecture, seed=11):
             return 1 + found / 4
         if "bias" in leaf or leaf in ("sinks", "scale"):
             return found / 4
-        return found / np.sqrt(np.prod(parameter.shape[len(parameter.shape) - max(1, parameter.inputs) :]))
+        return found / np.sqrt(parameter.shape[-1])
 
     return nested({n: jnp.asarray(array(n, p), jnp.float32) for n, p in parameters(architecture).items()})
 

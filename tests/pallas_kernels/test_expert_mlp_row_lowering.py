@@ -84,7 +84,7 @@ def shapes(width, hidden, num, layers, store=None, biases=False, activation="swi
             QuantizedArray(
                 jax.ShapeDtypeStruct(kernel.shape, np.int8),
                 jax.ShapeDtypeStruct((*kernel.shape[:-1], kernel.shape[-1] // store), np.float32),
-                *(np.dtype(BFLOAT16), None, store),
+                *(np.dtype(BFLOAT16), store),
             )
             for kernel in (into, out)
         )

@@ -58,7 +58,7 @@ def make(rows, width, sizes, options, seed=3):
         values = rng.integers(-127, 128, (*[LAYERS] * bool(stacked), size, width)).astype(np.int8)
         group = None if store == "row" else store
         scales = np.abs(draw(size, 1 if group is None else -(-width // group), kind=np.float32)) / 64
-        return QuantizedArray(values, scales, np.dtype(dtype), None, group)
+        return QuantizedArray(values, scales, np.dtype(dtype), group)
 
     kernels = [int8(size) if store else draw(size, width) for size in sizes]
     layer = np.array(1, np.int32) if stacked else None

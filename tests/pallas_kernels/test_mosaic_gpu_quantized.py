@@ -117,7 +117,7 @@ def int8(kernel, group=None):
     """A kernel without values."""
     blocks = 1 if group is None else -(-kernel.shape[-1] // group)
     scales = array(*kernel.shape[:-1], blocks, dtype=jnp.float32)
-    return QuantizedArray(array(*kernel.shape, dtype=jnp.int8), scales, np.dtype(HALF), None, group)
+    return QuantizedArray(array(*kernel.shape, dtype=jnp.int8), scales, np.dtype(HALF), group)
 
 
 def mxfp4(kernel):

@@ -55,15 +55,6 @@ def test_ties_go_to_even():
     assert quantize(w).values.tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
-def test_several_contracted_axes():
-    w = draw(2, 6, 3, 4)
-    array, flat = quantize(w, 5, inputs=2), quantize(w.reshape(2, 6, 12), 5)
-    assert array.shape == (2, 6, 3, 4) and array.ndim == 4 and array.size == w.size
-    assert array.values.shape == (2, 6, 12) and array.scales.shape == (2, 6, 3)
-    np.testing.assert_array_equal(array.dequantize().reshape(2, 6, 12), flat.dequantize())
-    assert array.nbytes == 2 * 6 * 12 + 4 * 2 * 6 * 3
-
-
 def test_runs_are_those_of_the_flattened_matrix():
     w = draw(2, 6, 8)
     w[1, :3] = 0
