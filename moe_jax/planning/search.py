@@ -76,14 +76,17 @@ def estimate(job: Job, topology: Topology, sizes: dict[str, int]) -> Estimate:
 def _temporaries(job: Job, sharding: Sharding) -> float:
     """Bytes that a prefill is likely to need beside weights and cache.
 
-    What layers make of as many tokens as run at once, and the rows of experts for the worst routing: three buffers of
-    them were alive at once in the programs that were looked at (docs/planning.md).
+    What layers make of as many tokens as run at once, and the rows of experts: three buffers of them were alive at once
+    in the programs that were looked at (docs/planning.md). On TPUs those that even routing brings and a quarter more,
+    elsewhere those of the worst routing.
     """
     architecture, run = job.config.architecture, passes(job, sharding, "prefill")
     if not architecture.moe_layers:
         return float(_BYTES)
     block, ranks = architecture.block, sharding.sizes["expert"]
-    tokens = run.tokens * ranks_of_tokens(sharding)
-    if job.exchange == "ring":  # in all others a rank may get everyone's tokens
-        tokens = -(-tokens // ranks)
-    return _BYTES + 3.0 * tokens * block.router.top_k * block.width * jnp.dtype(job.dtype).itemsize
+    rows = float(run.tokens * ranks_of_tokens(sharding) * block.router.top_k)
+    if sharding.mesh.devices.flat[0].platform == "tpu":
+        rows = 1.25 * rows / ranks
+    elif job.exchange == "ring":  # in all others a rank may get everyone's tokens
+        rows /= ranks
+    return _BYTES + 3.0 * rows * block.width * jnp.dtype(job.dtype).itemsize
