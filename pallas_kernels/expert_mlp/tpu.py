@@ -17,6 +17,11 @@ from . import tpu_tilings, xla_tiles
 from .combine import combine
 from .tpu_kernel import Call, expert_mlp
 
+#: Tokens whose outputs are added up together.
+_TOGETHER = 1024
+#: Room for rows, as a multiple of those that are expected, beside half a tile for each expert, which its last may lack.
+_SLACK = 1.25
+
 
 def refuse(x, ids, weights, experts, plan, *others) -> str | None:
     """Why this kernel cannot serve the call; None if it can."""
@@ -38,8 +43,11 @@ def refuse(x, ids, weights, experts, plan, *others) -> str | None:
     return None
 
 
-def routed_mlp(x, ids, weights, experts, plan, layer, expected=None, *, call: Call | None = None):
-    """See `api.routed_mlp`. `call`: instead of what the table says."""
+def routed_mlp(x, ids, weights, experts, plan, layer, expected=None):
+    """See `api.routed_mlp`."""
+    target = tpu_tilings.generation()
+    tiling = _tiling(x, ids, experts, plan, expected, target)
+    call = Call(tiling, target.cores, tpu_tilings.vmem_limit(target))
     return _run(x, ids, weights, experts, plan, layer, expected, call)
 
 
@@ -58,10 +66,6 @@ def _tiling(x, ids, experts, plan, expected, target):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _run(x, ids, weights, experts, plan, layer, expected, call):
-    if call is None:
-        target = tpu_tilings.generation()
-        tiling = _tiling(x, ids, experts, plan, expected, target)
-        call = Call(tiling, target.cores, tpu_tilings.vmem_limit(target))
     if call.tiling.in_place:
         return _in_place(call, x, ids, weights, experts, plan, layer, expected or ids.size)
     if plan is None:
@@ -80,7 +84,6 @@ def _gathered(call, x, weights, experts, plan, layer, expected):
     """In one pass where the plan's rows are not many more than expected, else in as many as they turn out to need."""
     size, choices = plan.tile_rows, weights.shape[1]
     tiles = min(plan.max_tiles, 1 + int(_SLACK * expected) // size + experts.num_experts // 2)
-
     even = tpu_tilings.tiles_of(expected, experts.num_experts, size)
 
     def add(total, first, tile_expert, row_choice):
@@ -121,12 +124,6 @@ def _added(total, rows, slot, weights):
         return jax.lax.dynamic_update_slice_in_dim(total, more, i * _TOGETHER, 0)
 
     return jax.lax.fori_loop(0, len(total) // _TOGETHER, turn, total)[:tokens]
-
-
-#: Tokens whose outputs are added up together.
-_TOGETHER = 1024
-#: Room for rows, as a multiple of those that are expected, beside half a tile for each expert, which its last may lack.
-_SLACK = 1.25
 
 
 def active(ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:

@@ -62,9 +62,8 @@ def expert_mlp(call: Call, rows, routing, tile_expert, num_tiles, experts, layer
     rows of tiles without work mean nothing.
     """
     tiling, in_place = call.tiling, call.tiling.in_place
-    flat, count = experts.flat(), experts.num_experts
-    first = jnp.zeros((), jnp.int32) if layer is None else layer * count
-    parts = _operands(flat, experts, layer)
+    first = jnp.zeros((), jnp.int32) if layer is None else layer * experts.num_experts
+    parts = _operands(experts, layer)
     shape = _Shape(tiling, experts.width, experts.hidden, experts.activation, experts.layout == "out_in", tuple(parts))
     even = lambda n: lax.div(n + (call.cores - 1), jnp.int32(call.cores))
     some = jnp.maximum(num_tiles, 1)
@@ -98,7 +97,7 @@ def expert_mlp(call: Call, rows, routing, tile_expert, num_tiles, experts, layer
     )(*scalars, *arrays)
 
 
-def _operands(flat, experts, layer):
+def _operands(experts, layer):
     """Arrays of weights by name: kernels of all layers, which are addressed, and their layer's scales and biases."""
 
     def own(array, columns):
@@ -107,7 +106,7 @@ def _operands(flat, experts, layer):
             array = lax.dynamic_index_in_dim(array, layer, keepdims=False)
         return array.reshape(-1, 1, columns).astype(jnp.float32)
 
-    found = {}
+    found, flat = {}, experts.flat()
     for name in ("gate", "up", "down"):
         kernel, columns = getattr(flat, name), experts.width if name == "down" else experts.hidden
         if kernel is None:
@@ -136,10 +135,10 @@ def _block_of(shape, tiles, kind):
         expert = expert_ref[jnp.maximum(jnp.minimum(tile, count - 1), 0)]
         block = jnp.where(tile < count, block, shape.blocks - 1)
         return {
-            "up": (first + expert, block, 0),
-            "down": (first + expert, 0, block),
-            "hidden": (expert, 0, block),
-            "width": (expert, 0, 0),
+            "units as rows": (first + expert, block, 0),
+            "units as columns": (first + expert, 0, block),
+            "a number each unit": (expert, 0, block),
+            "a number each output": (expert, 0, 0),
         }[kind]
 
     return index
@@ -155,10 +154,11 @@ def _spec(shape, name, array, place):
     """The block of an operand that a step needs."""
     units, down = shape.tiling.hidden, name.startswith("down")
     if name.endswith(("_scale", "_bias")):
-        return pl.BlockSpec((None, 1, shape.width if down else units), place("width" if down else "hidden"))
-    if down != shape.transposed:  # hidden units are rows
-        return pl.BlockSpec((None, units, shape.width), place("up"))
-    return pl.BlockSpec((None, shape.width, units), place("down"))
+        size, kind = (shape.width, "a number each output") if down else (units, "a number each unit")
+        return pl.BlockSpec((None, 1, size), place(kind))
+    if down != shape.transposed:
+        return pl.BlockSpec((None, units, shape.width), place("units as rows"))
+    return pl.BlockSpec((None, shape.width, units), place("units as columns"))
 
 
 def _cost(shape, tiles, arrays, out):
@@ -215,14 +215,15 @@ def _hidden(x, parts, block, shape):
         return y + parts[f"{name}_bias"][...] if f"{name}_bias" in parts else y
 
     hidden = shape.activation(linear("gate") if "gate" in parts else None, linear("up"))
-    return jnp.where(_real(hidden.shape, 1, block, shape), hidden, 0).astype(x.dtype)
+    return _existing(hidden, 1, block, shape).astype(x.dtype)
 
 
-def _real(size, axis, block, shape):
-    """Which hidden units of a block there are; all, where blocks come out even."""
+def _existing(values, axis, block, shape):
+    """`values` with zeros for what stands beyond the last hidden unit, which may be anything."""
     if shape.hidden % shape.tiling.hidden == 0:
-        return jnp.full(size, True)
-    return block * shape.tiling.hidden + lax.broadcasted_iota(jnp.int32, size, axis) < shape.hidden
+        return values
+    unit = block * shape.tiling.hidden + lax.broadcasted_iota(jnp.int32, values.shape, axis)
+    return jnp.where(unit < shape.hidden, values, jnp.zeros_like(values))
 
 
 def _chosen(expert, ids_ref, weights_ref):
@@ -239,9 +240,8 @@ def _add_products(sum_ref, hidden, parts, block, chosen, shape):
     for start in range(0, shape.width, _COLUMNS):
         columns = slice(start, min(start + _COLUMNS, shape.width))
         kernel = down[columns, :] if shape.transposed else down[:, columns]
-        if jnp.issubdtype(kernel.dtype, jnp.floating):  # what stands beyond the last hidden unit may be anything
-            real = _real(kernel.shape, 1 if shape.transposed else 0, block, shape)
-            kernel = jnp.where(real, kernel, jnp.zeros_like(kernel))
+        if jnp.issubdtype(kernel.dtype, jnp.floating):  # zeros times NaN are none, integers are never NaN
+            kernel = _existing(kernel, 1 if shape.transposed else 0, block, shape)
         y = _times(hidden, kernel, shape.transposed)
         y = y * parts["down_scale"][:, columns] if "down_scale" in parts else y
         if "down_bias" in parts:

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from expert_oracle import error, make_experts, make_tokens, oracle
+from simulated_tpu import without_races  # noqa: F401  a fixture for all tests
 
 from pallas_kernels import ACTIVATIONS, Plan, make_plan, prepare, routed_mlp
 from pallas_kernels.expert_mlp import xla_tiles

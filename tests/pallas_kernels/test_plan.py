@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from simulated_tpu import without_races  # noqa: F401  a fixture for all tests
 
 from pallas_kernels import Plan, make_plan
 from pallas_kernels.plan import tile_bound

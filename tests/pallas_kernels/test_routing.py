@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from simulated_tpu import without_races  # noqa: F401  a fixture for all tests
 
 from pallas_kernels import route
 from pallas_kernels.routing.api import OPERATION
