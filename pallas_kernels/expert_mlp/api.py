@@ -88,6 +88,8 @@ def routed_mlp(
         raise ValueError(f"residual: shape {residual.shape}, expected that of x, {x.shape}")
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"residual: dtype {residual.dtype}, expected that of x, {x.dtype}")
+    if expected is not None and expected < 0:
+        raise ValueError(f"expected: {expected} ids")
     if ids.size == 0:
         return jnp.zeros_like(x) if residual is None else jnp.asarray(residual)
     layer = None if layer is None else jnp.asarray(layer, jnp.int32)
@@ -159,11 +161,11 @@ def prepare(experts: Experts, implementation: str | None = None) -> Experts:
     """The same experts in the storage that `implementation` prefers; made once, when weights are made or loaded.
 
     `xla_tiles` reads kernels with the contraction last, the layout of checkpoints; `xla_ragged` the plain one;
-    `mosaic_gpu` either.
+    `mosaic_gpu` and `tpu` either.
     Experts that are in that storage are returned as they are, and so are quantised ones, which have one storage.
     """
     OPERATION.check(implementation)
-    layout = {"xla_ragged": "in_out", "mosaic_gpu": experts.layout}.get(implementation, "out_in")
+    layout = {"xla_ragged": "in_out", "mosaic_gpu": experts.layout, "tpu": experts.layout}.get(implementation, "out_in")
     if experts.layout == layout or experts.quantized:
         return experts
     swapped = {n: getattr(experts, n) for n in ("gate", "up", "down")}

@@ -12,15 +12,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .. import compat
+from .ranking import OUTSIDE, TAKEN, as_rank, as_score
 from .xla import _TINY, weigh
 
 NAME = "moe_jax_routing_topk_tpu"
 MAX_GROUPS = 16
 #: Elements of a block: it and what is made of it stay well within a core's memory.
 _BLOCK = 1 << 16
-#: Scores are ranked as integers that order as the scores do, NaN highest; below every score an expert outside the best
-#: groups, then one that is taken.
-_NAN, _OUTSIDE, _TAKEN = 2**31 - 1, -(2**31) + 0x7FFFFF, -(2**31)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ def moe_jax_routing_topk_tpu(logits_ref, *refs, rule):
         scores = raised / jnp.sum(raised, axis=1, keepdims=True)
     else:
         scores = 1 / (1 + jnp.exp(-logits))
-    rank = _as_rank(scores + bias_ref[0][...] if bias_ref else scores)
+    rank = as_rank(scores + bias_ref[0][...] if bias_ref else scores)
     expert = lax.broadcasted_iota(jnp.int32, rank.shape, 1)
     if rule.groups > 1:
         rank = _keep_best_groups(rank, expert, rule)
@@ -125,7 +123,7 @@ def moe_jax_routing_topk_tpu(logits_ref, *refs, rule):
         hit = expert == _first(rank, expert)
         ids = jnp.where(choice == turn, jnp.sum(jnp.where(hit, expert, 0), axis=1, keepdims=True), ids)
         weights = jnp.where(choice == turn, jnp.sum(jnp.where(hit, scores, 0), axis=1, keepdims=True), weights)
-        rank = jnp.where(hit, _TAKEN, rank)
+        rank = jnp.where(hit, TAKEN, rank)
     if rule.renormalize:
         total = jnp.sum(weights, axis=1, keepdims=True)
         weights = weights / jnp.where(total < _TINY, _TINY, total)  # a NaN stays, unlike in a maximum
@@ -138,7 +136,7 @@ def moe_jax_routing_topk_tpu(logits_ref, *refs, rule):
 
     # the last block may hold more rows than there are tokens
     row = pl.program_id(0) * rule.rows + lax.broadcasted_iota(jnp.int32, rank.shape, 0)
-    taken = jnp.where((rank == _TAKEN) & (row < rule.tokens), 1, 0)
+    taken = jnp.where((rank == TAKEN) & (row < rule.tokens), 1, 0)
     counts_ref[...] += jnp.sum(taken, axis=0, keepdims=True)
 
 
@@ -149,30 +147,20 @@ def _first(rank, expert):
 
 
 def _keep_best_groups(rank, expert, rule):
-    """`_OUTSIDE` for the experts outside the best groups, ranked as in `xla._keep_best_groups`."""
+    """`OUTSIDE` for the experts outside the best groups, ranked as in `xla._keep_best_groups`."""
     size = rank.shape[1] // rule.groups
     member = [(expert >= group * size) & (expert < (group + 1) * size) for group in range(rule.groups)]
     strength = []
     for inside in member:
-        own = jnp.where(inside, rank, _TAKEN)
+        own = jnp.where(inside, rank, TAKEN)
         best = jnp.max(own, axis=1, keepdims=True)
         if rule.score == "sigmoid":  # the sum of the best two
-            others = jnp.where(expert == _first(own, expert), _TAKEN, own)
-            best = _as_rank(_as_score(best) + _as_score(jnp.max(others, axis=1, keepdims=True)))
+            others = jnp.where(expert == _first(own, expert), TAKEN, own)
+            best = as_rank(as_score(best) + as_score(jnp.max(others, axis=1, keepdims=True)))
         strength.append(best)
     keep = jnp.zeros(rank.shape, jnp.bool_)
     for group, (inside, mine) in enumerate(zip(member, strength, strict=True)):
         ahead = [(s >= mine) if other < group else (s > mine) for other, s in enumerate(strength) if other != group]
         beaten = sum(jnp.where(one, 1, 0) for one in ahead)
         keep = keep | (inside & (beaten < rule.top_groups))
-    return jnp.where(keep, rank, _OUTSIDE)
-
-
-def _as_rank(score):
-    """Integers in the order of float32 scores, NaN highest."""
-    bits = lax.bitcast_convert_type(score, jnp.int32)
-    return jnp.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
-
-
-def _as_score(rank):
-    return lax.bitcast_convert_type(rank ^ ((rank >> 31) & 0x7FFFFFFF), jnp.float32)
+    return jnp.where(keep, rank, OUTSIDE)

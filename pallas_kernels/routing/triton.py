@@ -12,16 +12,13 @@ from jax.experimental.pallas import triton as pltriton
 
 from ..triton_call import call_triton
 from . import xla
+from .ranking import OUTSIDE, TAKEN, as_rank, as_score
 from .xla import _TINY, count
 
 #: Columns, padded to powers of two, that one warp still holds in its registers.
 MAX_COLUMNS = 1024
 MAX_GROUPS = 32
 MAX_CHOICES = 32
-
-# Scores are ranked as integers that order as the scores do, NaN highest: integers have a one-instruction reduction
-# over a warp. Below every score: an expert outside the best groups, then one that is taken or does not exist.
-_NAN, _OUTSIDE, _TAKEN = 2**31 - 1, -(2**31) + 0x7FFFFF, -(2**31)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +146,7 @@ def moe_jax_routing_topk(logits_ref, *refs, rule):
     if bias_ref:
         bias = pltriton.load(bias_ref[0].at[expert], mask=real, other=0.0)
         ranked = ranked + bias[None, :]
-    rank = jnp.where(real[None, :], _as_rank(ranked), _TAKEN)
+    rank = jnp.where(real[None, :], as_rank(ranked), TAKEN)
     if rule.groups > 1:
         rank = _keep_best_groups(rank, rule)
 
@@ -184,7 +181,7 @@ def _take(rank, k, expert, logits):
         first = jnp.min(jnp.where(rank == best[:, None], expert, jnp.iinfo(jnp.int32).max), axis=1)
         hit = expert == first[:, None]
         own = hit & (rank == best[:, None])  # a column of padding may go by the number of an expert of another group
-        rank = jnp.where(hit, _TAKEN, rank)
+        rank = jnp.where(hit, TAKEN, rank)
         ids = jnp.where(choice == turn, first[:, None], ids)
         if logits is not None:
             value = jnp.sum(jnp.where(own, logits, 0), axis=1)
@@ -193,7 +190,7 @@ def _take(rank, k, expert, logits):
 
 
 def _keep_best_groups(rank, rule):
-    """`_OUTSIDE` for the experts outside the best groups, ranked as in `xla._keep_best_groups`."""
+    """`OUTSIDE` for the experts outside the best groups, ranked as in `xla._keep_best_groups`."""
     tokens, columns = rank.shape
     groups = pl.next_power_of_2(rule.groups)
     rank = rank.reshape(tokens, groups, columns // groups)
@@ -201,25 +198,15 @@ def _keep_best_groups(rank, rule):
     if rule.score == "sigmoid":  # the sum of the best two
         member = lax.broadcasted_iota(jnp.int32, rank.shape, 2)
         first = jnp.min(jnp.where(rank == strength[:, :, None], member, columns), axis=2)
-        second = jnp.max(jnp.where(member == first[:, :, None], _TAKEN, rank), axis=2)
-        strength = _as_rank(_as_score(strength) + _as_score(second))
+        second = jnp.max(jnp.where(member == first[:, :, None], TAKEN, rank), axis=2)
+        strength = as_rank(as_score(strength) + as_score(second))
     group = lax.iota(jnp.int32, groups)
-    strength = jnp.where((group < rule.groups)[None, :], strength, _TAKEN)
+    strength = jnp.where((group < rule.groups)[None, :], strength, TAKEN)
     other, mine = strength[:, None, :], strength[:, :, None]
     before = (group[None, :] < group[:, None])[None]
     beaten = jnp.sum(((other > mine) | ((other == mine) & before)).astype(jnp.int32), axis=2, dtype=jnp.int32)
     keep = (beaten < rule.top_groups)[:, :, None]
-    return jnp.where(keep | (rank == _TAKEN), rank, _OUTSIDE).reshape(tokens, columns)
-
-
-def _as_rank(score):
-    """Integers in the order of float32 scores, NaN highest."""
-    bits = lax.bitcast_convert_type(score, jnp.int32)
-    return jnp.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NAN)
-
-
-def _as_score(rank):
-    return lax.bitcast_convert_type(rank ^ ((rank >> 31) & 0x7FFFFFFF), jnp.float32)
+    return jnp.where(keep | (rank == TAKEN), rank, OUTSIDE).reshape(tokens, columns)
 
 
 def _experts_of_columns(experts, groups):

@@ -290,7 +290,7 @@ def test_prepare_swaps_the_kernels_once():
     for name in ("gate_bias", "up_bias", "down_bias"):
         assert getattr(swapped, name) is getattr(experts, name)
     assert prepare(swapped) is prepare(swapped, "xla_tiles") is swapped
-    assert prepare(experts, "xla_ragged") is experts
+    assert prepare(experts, "xla_ragged") is prepare(experts, "tpu") is experts
     assert prepare(make_experts(5, D, F, activation="relu")).gate is None
     with pytest.raises(ValueError, match="implementation: 'x' is no implementation of routed_mlp"):
         prepare(experts, "x")
@@ -306,6 +306,7 @@ def test_prepare_swaps_the_kernels_once():
         (dict(ids=np.zeros(13, int)), r"ids and weights: shapes \(13,\)"),
         (dict(ids=np.zeros((13, 2), np.float32)), "ids: dtype float32"),
         (dict(weights=np.zeros((13, 1), np.float32)), r"ids and weights: .* \(13, 1\)"),
+        (dict(expected=-1), "expected: -1 ids"),
         (dict(layer=0), "layer: experts of shape .* takes no layer index, got 0"),
         (dict(experts=make_experts(5, D, F, layers=(3,))), "layer: experts of shape .* needs layer index, got None"),
         (dict(experts=make_experts(5, D, F, layers=(3,)), layer=3), "layer: 3 of 3 layers"),
