@@ -19,7 +19,7 @@ from .cache import read_entries, write_entries
 from .linear import linear
 from .norm import norm
 from .placement import slots_of
-from .router import Chosen, choose
+from .router import Chosen, choose, limited
 from .weights import Weights
 
 
@@ -134,12 +134,14 @@ class RoutingRequest:
     """What the caller asks of the routers: which tokens take experts, which choices are forced.
 
     `real [B, T]`: false for padding, which takes no expert's time; None: there is none. `forced [Lm, B, T, A]`: expert
-    ids by MoE layer, -1 where the router decides; None leaves all to the router.
+    ids by MoE layer, -1 where the router decides; None leaves all to the router. `capacity_factor`: an expert takes no
+    more than its capacity (`router.limited`), None: all that choose it.
     """
 
     real: Bool[AnyArray, "B T"] | None
     forced: Int[AnyArray, "Lm B T A"] | None = None
     implementation: str | None = dataclasses.field(default=None, metadata={"static": True})
+    capacity_factor: float | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def moe(
@@ -159,6 +161,8 @@ def moe(
             own = {"router": jax.lax.dynamic_slice_in_dim(group["router"], place.first, place.num_experts)}
         real = None if request.real is None else jnp.ravel(request.real)
         logits, chosen = choose(config.router, own, rows, forced, real, config.axes.batch)
+        if request.capacity_factor is not None:
+            chosen = limited(chosen, logits.shape[1], request.capacity_factor, config.axes.batch)
     stacks = {name: group[name] for name in group if name not in ROUTER}
     experts = Experts(**stacks, activation=config.experts.activation, layout="out_in")
     y, overflow = routed(config, rows, placed(group, chosen, index), experts, place, request.implementation)

@@ -106,11 +106,7 @@ def decode(
     With a cache, entries go to `column` (see `write_entries`); its lengths are the caller's to keep. `trace` also
     returns what each layer did.
     """
-    x = _embedded(architecture, weights["embedding"], ids)
-    if architecture.learned_positions:
-        x = x + weights["positions"][span.positions]
-    if architecture.embedding_scale != 1.0:
-        x = x * architecture.embedding_scale
+    x = embedded(architecture, weights, ids, span.positions)
     entries = None if cache is None else cache.entries
     notes = _empty_trace(architecture, x) if trace else None
     counts = iter(architecture.expert_counts)
@@ -141,7 +137,15 @@ def decode(
     return x, cache, notes
 
 
-def _embedded(architecture: Architecture, table: Any, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def embedded(architecture: Architecture, weights: Weights, ids: Int[Array, "B T"], positions: Any) -> Array:
+    """The residual stream `[B, T, D]` before the first layer, of ids at `positions [B, T]`."""
+    x = _rows(architecture, weights["embedding"], ids)
+    if architecture.learned_positions:
+        x = x + weights["positions"][positions]
+    return x if architecture.embedding_scale == 1.0 else x * architecture.embedding_scale
+
+
+def _rows(architecture: Architecture, table: Any, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding, which may lie on several devices."""
     axes = architecture.block.axes.vocab
     if not axes:

@@ -1,8 +1,9 @@
 """The router of the transformer families: the gate, its capacity, and its choices as a `Routing`."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pallas_kernels
 from pallas_kernels.dims import Array as AnyArray
 from pallas_kernels.linear import linear
 
-from .axes import gathered, own_part
+from .axes import add_up, gathered, own_part
 from .block_config import RouterConfig
 from .gating import gate, top1_gating, top2_gating, topk_gating
 from .routing import Routing, losses, rank_within
@@ -103,13 +104,69 @@ def describe(
     First choices of all tokens take their slots before second ones. An id outside `[0, E)` marks a token that takes
     no expert and no part in the losses.
     """
-    num, (tokens, choices) = config.num_experts, ids.shape
-    real = (ids >= 0) & (ids < num)
-    position, counts = rank_within(jnp.where(real, ids, num).T.reshape(-1), num)
-    position = position.reshape(choices, tokens).T
+    real = (ids >= 0) & (ids < config.num_experts)
+    position, counts = _positions(ids, real, config.num_experts)
     keep = real if capacity is None else real & (position < capacity)
-    scores = jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-    scores = scores / scores.sum(-1, keepdims=True)
-    aux_loss, z_loss = losses(scores, logits, counts / jnp.maximum(counts.sum(), 1), real.any(-1))
+    share = counts / jnp.maximum(counts.sum(), 1)
+    aux_loss, z_loss = losses(_scores(config, logits), logits, share, real.any(-1))
     ids, weights, keep = (jnp.asarray(a) for a in (ids, weights, keep))
     return Routing(ids, weights, keep, position, counts, aux_loss, z_loss, capacity)
+
+
+def limited(chosen: Chosen, num_experts: int, factor: float, axes: tuple[str, ...] = ()) -> Chosen:
+    """`chosen` without choices beyond a capacity, that of the tokens of all devices along mesh `axes`.
+
+    Places are taken as in `describe`. Weights stay as they are: what is dropped adds nothing (arXiv:2101.03961).
+    """
+    ids, weights = (gathered(a, axes, 0) for a in (chosen.ids, chosen.weights))
+    real = ids >= 0
+    position, _ = _positions(ids, real, num_experts)
+    tokens, choices = ids.shape
+    ids = jnp.where(real & (position < capacity_of(tokens, choices, num_experts, factor)), ids, -1)
+    return Chosen(own_part(ids, axes, 0), chosen.weights, (ids, weights) if axes else None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """How a layer's tokens, those of all devices, were spread: `aux_loss` and `z_loss` as in `Routing`, and choices
+    before dropping, `counts [E]`."""
+
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    counts: Int[Array, " E"]
+
+
+def balance_of(
+    config: RouterConfig,
+    logits: Float[Array, "G E"],
+    axes: tuple[str, ...] = (),
+    bias: Float[Array, " E"] | None = None,
+    real: Bool[Array, "..."] | None = None,
+) -> Balance:
+    """The `Balance` of a gate on logits `[G, E]`, those of a device's tokens along mesh `axes`.
+
+    `bias`: the selection bias. `real`, of G elements: false for padding, which has no part in anything.
+    """
+    real = jnp.ones(len(logits), bool) if real is None else jnp.ravel(real)
+    if config.rule is not None:
+        routing = gate(gathered(logits, axes, 0), config.rule, gathered(real, axes, 0))
+        return Balance(routing.aux_loss, routing.z_loss, routing.counts)
+    num_experts = logits.shape[1]
+    ids = choose_by(config, jax.lax.stop_gradient(logits), bias, real=real).ids
+    counts = jnp.zeros(num_experts, jnp.int32).at[jnp.where(ids < 0, num_experts, ids)].add(1, mode="drop")
+    counts = add_up(counts, axes)
+    share = counts / jnp.maximum(counts.sum(), 1)
+    return Balance(*losses(_scores(config, logits), logits, share, real, axes), counts)
+
+
+def _scores(config: RouterConfig, logits: Float[AnyArray, "G E"]) -> Float[Array, "G E"]:
+    """What the load balancing loss takes for a token's probabilities: its scores, divided by their sum."""
+    scores = jax.nn.sigmoid(logits) if config.score == "sigmoid" else jax.nn.softmax(logits, axis=-1)
+    return scores / scores.sum(-1, keepdims=True)
+
+
+def _positions(ids: Any, real: Any, num_experts: int) -> tuple[Int[Array, "G A"], Int[Array, " E"]]:
+    """Each choice's place in its expert, first choices of all tokens before second ones, and choices by expert."""
+    position, counts = rank_within(jnp.where(real, ids, num_experts).T.reshape(-1), num_experts)
+    return position.reshape(ids.shape[::-1]).T, counts

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dims import Array as AnyArray
 
+from .axes import add_up
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -201,13 +203,19 @@ def _compared(bucket, key=None, *, buckets):
 
 
 def losses(
-    scores: Float[AnyArray, "G E"], logits: Float[AnyArray, "G E"], share: Float[Array, " E"], counted: Any
+    scores: Float[AnyArray, "G E"],
+    logits: Float[AnyArray, "G E"],
+    share: Float[Array, " E"],
+    counted: Any,
+    axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Load balancing and z loss over the tokens where `counted [G]` is true; 0 where there are none.
 
-    The first is `E * sum_e share_e * mean(scores_e)`, `share` being the experts' parts of the choices.
+    The first is `E * sum_e share_e * mean(scores_e)`, `share` being the experts' parts of the choices. `axes`: mesh axes
+    along which tokens are spread; both are then means over the tokens of all devices, of which `share` has to be too.
     """
-    tokens = jnp.maximum(counted.sum(), 1)
-    mean = jnp.where(counted[:, None], scores, 0).sum(0) / tokens
+    tokens = jnp.maximum(add_up(counted.sum(), axes), 1)
+    mean = add_up(jnp.where(counted[:, None], scores, 0).sum(0), axes) / tokens
     partition = jax.nn.logsumexp(logits, axis=-1)
-    return scores.shape[1] * (share * mean).sum(), jnp.where(counted, partition**2, 0).sum() / tokens
+    z_loss = add_up(jnp.where(counted, partition**2, 0).sum(), axes) / tokens
+    return scores.shape[1] * (share * mean).sum(), z_loss

@@ -62,12 +62,13 @@ def spread_out(work: Work) -> tuple[Work, Callable[[jax.Array], jax.Array]]:
     return part, lambda y: jax.lax.all_gather(y, work.axes, axis=0, tiled=True)[:tokens]
 
 
-def packed(ids: Int[Array, "*G A"], weights: Float[Array, "*G A"]) -> Int[Array, "*G AA"]:
-    """Ids and weights in one array of integers, so that they move together."""
-    return jnp.concatenate([ids, jax.lax.bitcast_convert_type(weights.astype(jnp.float32), jnp.int32)], -1)
+def packed(ids: Int[Array, "*G A"], weights: Float[Array, "*G A"]) -> Float[Array, "*G AA"]:
+    """Ids and weights in one array, so that they move together: float32, which holds ids below 2^24 exactly and lets
+    derivatives of the weights come back."""
+    return jnp.concatenate([ids.astype(jnp.float32), weights.astype(jnp.float32)], -1)
 
 
-def unpacked(both: Int[Array, "*G AA"]) -> tuple[Int[Array, "*G A"], Float[Array, "*G A"]]:
+def unpacked(both: Float[Array, "*G AA"]) -> tuple[Int[Array, "*G A"], Float[Array, "*G A"]]:
     """The inverse of `packed`."""
-    ids, bits = jnp.split(both, 2, axis=-1)
-    return ids, jax.lax.bitcast_convert_type(bits, jnp.float32)
+    ids, weights = jnp.split(both, 2, axis=-1)
+    return ids.astype(jnp.int32), weights

@@ -39,6 +39,11 @@ class Share:
         """Shape of what is stored for a parameter of `shape`."""
         return tuple(n if s is None else s.shape[-1] for n, s in zip(shape, self.sources, strict=True))
 
+    def plain(self, shape: tuple[int, ...]) -> bool:
+        """Whether a parameter of `shape` is stored as it is: nothing twice, nothing filled up, all in order."""
+        pairs = zip(shape, self.sources, strict=True)
+        return all(source is None or np.array_equal(source, np.arange(size)) for size, source in pairs)
+
     def of_stored(self, name: str, shape: tuple[int, ...], block: int | None, sizes: dict[str, int]) -> "Share":
         """The share of an array that a kernel of `shape` is stored as.
 

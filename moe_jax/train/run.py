@@ -1,0 +1,237 @@
+"""A training run from `Settings` to a model on disk; stopped anywhere, it goes on where it was."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..model import Model
+from ..pretrained import save_pretrained
+from ..sharding import make_mesh, sharding_of
+from .checkpoints import Checkpoints
+from .log import Log, plot
+from .settings import Settings
+from .start import initial_model
+from .text import Text, load_text
+from .update import Report, State, Training, schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """On the held-out text: `loss` in nats per token, `bits_per_byte`, and each expert's part of its layer's choices,
+    `shares [Lm, E]`."""
+
+    loss: float
+    bits_per_byte: float
+    shares: np.ndarray
+
+    @property
+    def min_expert_share(self) -> float:
+        """The least used expert's part, in fair ones (`1/E`); 1 without MoE layers."""
+        return float((self.shares * (self.shares > -1).sum(-1, keepdims=True)).min()) if self.shares.size else 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run came to: `evaluation` of the last weights, a byte `trigram`'s bits per byte on the same text, `seconds`
+    of all parts of the run, and whether it is `finished`, or was stopped by SIGTERM after `step` steps."""
+
+    step: int
+    finished: bool
+    seconds: float
+    evaluation: Evaluation | None = None
+    trigram: float | None = None
+
+    def summary(self) -> dict[str, float | None]:
+        """The numbers that a run is judged by."""
+        return {
+            "bits_per_byte": round(self.evaluation.bits_per_byte, 4),
+            "trigram": None if self.trigram is None else round(self.trigram, 4),
+            "min_expert_share": round(self.evaluation.min_expert_share, 4),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def train(
+    settings: Settings,
+    folder: str | os.PathLike,
+    implementation: Any = None,
+    watch: Callable[[dict[str, Any]], None] | None = None,
+) -> Outcome:
+    """Train a model and leave it in `folder`, with its checkpoints, a line for every step and a plot.
+
+    A run that was stopped, however, is gone on with from its last checkpoint: on a CPU every weight is then what it
+    would have been, bit by bit. SIGTERM makes it write one and return. `folder` holds `settings.json`,
+    `metrics.jsonl`, `metrics.png`, `checkpoints/` and, at the end, `model/` for `load_pretrained`. `implementation`: as
+    in `load_pretrained`. `watch` is called with every line.
+
+    Raises `ValueError` for settings that do not fit the model or those that the folder's run began with, `OSError` for
+    files, and `FloatingPointError` naming the step if a loss or a gradient is not finite; the checkpoints are those of
+    steps before it.
+
+    >>> import tempfile
+    >>> values = {"model": tiny_byte_model(), "steps": 2, "data": {"corpus": "pydoc_topics", "length": 16}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     outcome = train(Settings.from_dict(values), folder)
+    >>> outcome.step, outcome.finished
+    (2, True)
+    """
+    return _Run(settings, Path(folder), implementation, watch).go()
+
+
+def tiny_byte_model() -> dict[str, Any]:
+    """The config of a one-layer model of bytes, for examples and tests."""
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | sizes | heads
+
+
+class _Run:
+    def __init__(self, settings, folder, implementation, watch):
+        self.settings, self.folder, self.watch = settings, folder, watch or (lambda line: None)
+        _claim(folder, settings)
+        self.begin = time.perf_counter()
+        self.text: Text = load_text(settings.data, settings.seed)
+        sizes = dataclasses.asdict(settings.mesh)
+        mesh = make_mesh(**sizes) if math.prod(sizes.values()) > 1 else None
+        self.model = initial_model(settings, self.text.tokenizer.vocab_size, mesh, implementation)
+        sharding = sharding_of(mesh, exchange=self.model.exchange)
+        self.training = Training(self.model.architecture, settings, sharding, self.model.implementation)
+        self.rate = jax.jit(schedule(settings.optimizer, settings.steps))
+
+    def go(self) -> Outcome:
+        with Checkpoints(self.folder / "checkpoints", self.settings.keep) as checkpoints, _sigterm() as stopped:
+            state, step = checkpoints.restore(self.training.abstract()) or (None, 0)
+            if state is None:
+                state = self.training.start(self.model.arrays())
+            self.model = Model(self.model.config, {}, self.model.generation, self.model.named)  # without its weights
+            with Log(self.folder / "metrics.jsonl", step) as log:
+                self.before = log.lines[-1]["seconds"] if log.lines else 0.0
+                state, step = self._steps(state, step, checkpoints, log, stopped)
+                if step < self.settings.steps:
+                    return Outcome(step, False, self._seconds())
+                return self._finish(state, log)
+
+    def _steps(self, state: State, step: int, checkpoints: Checkpoints, log: Log, stopped: threading.Event):
+        """Run until the last step or SIGTERM. A step is looked at while the next one runs."""
+        settings, training, waiting = self.settings, self.training, None
+        while step < settings.steps and not stopped.is_set():
+            state, report = training.step(state, training.put(self.text.windows.batch(step)))
+            step += 1
+            line = None if waiting is None else self._line(*waiting)
+            waiting, extra = (step, report), {}
+            due = lambda every: every is not None and step % every == 0  # noqa: B023
+            if line:
+                self._note(log, line)
+            evaluates = due(settings.evaluate_every) and step < settings.steps
+            if due(settings.checkpoint_every) or evaluates or stopped.is_set() or step == settings.steps:
+                line, waiting = self._line(*waiting), None
+                if evaluates:
+                    found = self._evaluate(state)
+                    extra = {"held_out_loss": found.loss, "held_out_bits_per_byte": found.bits_per_byte}
+                self._note(log, line | extra)
+                if not evaluates or due(settings.checkpoint_every):
+                    checkpoints.save(state, step)
+        return state, step
+
+    def _line(self, step: int, report: Report) -> dict[str, Any]:
+        """A step's report as numbers, once they are there."""
+        report = jax.device_get(report)
+        losses, now = report.losses, self._seconds()
+        if not report.finite:
+            values = f"loss {losses.cross_entropy}, gradient norm {report.gradient_norm}"
+            raise FloatingPointError(f"step {step}: {values}; the weights are those before it, and are not saved")
+        counts = losses.counts
+        most = counts.max(1) * (counts.shape[1] / counts.sum(1)) if counts.size else np.ones(1)
+        tokens = self.settings.data.batch_size * self.settings.data.length
+        since, self.last = now - getattr(self, "last", self.before), now
+        return {
+            "step": step,
+            "loss": float(losses.cross_entropy),
+            "balance": float(losses.balance),
+            "z": float(losses.z),
+            "dropped": float(losses.dropped),
+            "max_load": float(most.max()),
+            "gradient_norm": float(report.gradient_norm),
+            "learning_rate": float(self.rate(step - 1)),
+            "tokens_per_second": round(tokens / max(since, 1e-9), 1),
+            "seconds": round(now, 3),
+        }
+
+    def _note(self, log: Log, line: dict[str, Any]) -> None:
+        log.write(line)
+        self.watch(line)
+
+    def _seconds(self) -> float:
+        return self.before + time.perf_counter() - self.begin
+
+    def _evaluate(self, state: State) -> Evaluation:
+        return evaluate(self.training, state, self.text)
+
+    def _finish(self, state: State, log: Log) -> Outcome:
+        found = self._evaluate(state)
+        if log.lines:
+            last = {"held_out_loss": found.loss, "held_out_bits_per_byte": found.bits_per_byte}
+            plot([*log.lines[:-1], log.lines[-1] | last], found.shares, self.folder / "metrics.png")
+        model = Model(self.model.config, state.weights, self.model.generation, sharding=self.training.sharding)
+        save_pretrained(model, self.folder / "model")
+        self.text.tokenizer.save(self.folder / "model")
+        outcome = Outcome(self.settings.steps, True, self._seconds(), found, self.text.trigram())
+        _write(self.folder / "outcome.json", outcome.summary())
+        return outcome
+
+
+def evaluate(training: Training, state: State, text: Text) -> Evaluation:
+    """Loss and use of experts on all of the held-out text, each token predicted once."""
+    nats, predictions = 0.0, 0.0
+    counts: Any = 0
+    for windows, counted in text.held_out_batches():
+        _, losses = training.evaluate(state.weights, training.put(windows), training.put(counted))
+        real = float(counted.sum())
+        nats, predictions = nats + float(losses.cross_entropy) * real, predictions + real
+        counts = counts + np.asarray(losses.counts, np.int64)
+    shares = counts / counts.sum(-1, keepdims=True) if np.size(counts) else np.zeros((0, 0))
+    return Evaluation(nats / predictions, nats / math.log(2) / text.held_out_size, shares)
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, where this is the main thread, which alone may ask for signals."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _claim(folder: Path, settings: Settings) -> None:
+    """Make the folder this run's, unless it is another's."""
+    path, own = folder / "settings.json", settings.to_dict()
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        alike = {name for name in own if name != "mesh"}  # a run may go on over other devices
+        if other := sorted(name for name in alike if before.get(name) != own[name]):
+            raise ValueError(f"{', '.join(other)}: not those that the run in {folder} began with")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, own)
+
+
+def _write(path: Path, values: Any) -> None:
+    new = path.with_name(f".{path.name}")
+    new.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
