@@ -8,6 +8,7 @@ example: python scripts/kill_training.py --kills 200
 
 import argparse
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -116,7 +117,10 @@ def steps_in(run: Path) -> list[int]:
 def live(options: argparse.Namespace, run: Path, seconds: float, last: int) -> bool:
     """Run until `seconds` after a checkpoint newer than `last` stands, then kill; whether it came to its end before."""
     given = [sys.executable, __file__, "--run", str(run), "--steps", str(options.steps), "--every", str(options.every)]
-    with subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+    # compiled once: most of a life is else spent with it
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(run.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(given, env=os.environ | cache, **output) as child:
         while child.poll() is None and max(steps_in(run), default=0) <= last:
             time.sleep(0.01)
         try:

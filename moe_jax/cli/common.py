@@ -17,13 +17,17 @@ from ..tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 from ..upcycle import upcycle
 
 DEMO = "SmolLM2-135M-Instruct, upcycled to 4 experts"
-_DEMO_EXPERTS = {"num_experts": 4, "top_k": 2}
+_DEMO_EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2}
 _DEMO_PENALTY = 1.1
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--dtype`, `--implementation`, `--quantize`, `--group-size`."""
-    parser.add_argument("--model", metavar="PATH", help=f"folder, hub id or Llama .gguf file (without: {DEMO})")
+def add_model(parser: argparse.ArgumentParser, positional: bool = False) -> None:
+    """`--model` (or MODEL, if `positional`), `--dtype`, `--implementation`, `--quantize`, `--group-size`."""
+    model = f"folder, hub id or Llama .gguf file (without: {DEMO})"
+    if positional:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=model)
+    else:
+        parser.add_argument("--model", metavar="PATH", help=model)
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto")
     parser.add_argument("--implementation", help="the expert MLP's implementation by name")
     parser.add_argument("--quantize", choices=["int8"], help="kernels in int8, made so while they are loaded")
@@ -62,7 +66,7 @@ def load(options: argparse.Namespace) -> tuple[Model, Tokenizer]:
 
 
 def load_as_asked(
-    options: argparse.Namespace, experts: dict[str, int] | None = None, read: Callable[..., Model] | None = None
+    options: argparse.Namespace, experts: dict[str, Any] | None = None, read: Callable[..., Model] | None = None
 ) -> Model:
     """The model that the options name, upcycled to `experts`, else the demo model with its own; in int8 if so asked.
 

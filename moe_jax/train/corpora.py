@@ -26,7 +26,7 @@ def load_corpus(source: str, held_out: float = 0.1) -> Corpus:
     - "austen" and "botchan": novels, see `fetch_texts`; the `.deb` file of the former; a `.txt` file or a folder of
       them, a document each, in the order of their names. The end of each one, from a paragraph on, is held out.
 
-    Texts are as they come, but for Windows line ends. Raises `ValueError` for a share outside `[0, 1)`, and `OSError`
+    Texts are as they come, but for Windows line ends and what Project Gutenberg writes around Botchan. Raises `ValueError` for a share outside `[0, 1)`, and `OSError`
     for what is not there.
 
     >>> corpus = load_corpus("pydoc_topics")
@@ -37,13 +37,23 @@ def load_corpus(source: str, held_out: float = 0.1) -> Corpus:
         raise ValueError(f"held_out: {held_out!r}, expected a share in [0, 1)")
     if source == "pydoc_topics":
         return _whole(_distinct(_pydoc_topics()), held_out)
-    if source in ("austen", "botchan"):
+    if source == "austen":
         texts = fetch_texts(source)
+    elif source == "botchan":
+        texts = {name: _story(text) for name, text in fetch_texts(source).items()}
     elif source.endswith(".deb"):
         texts = deb_texts(source)
     else:
         texts = _texts(Path(source))
     return _tails([texts[name].replace("\r\n", "\n") for name in sorted(texts)], held_out)
+
+
+def _story(text: str) -> str:
+    """What stands between the lines that Project Gutenberg ends its preface and begins its licence with."""
+    found = re.search(r"\*\*\* START OF [^\n]*\n(.*?)\n[^\n]*\n\*\*\* END OF ", text.replace("\r\n", "\n"), re.DOTALL)
+    if found is None:
+        raise OSError("botchan: the text is not as Project Gutenberg has it")
+    return found[1].strip() + "\n"
 
 
 def _pydoc_topics() -> list[str]:

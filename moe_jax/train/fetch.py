@@ -42,6 +42,14 @@ def fetch_texts(name: str) -> dict[str, str]:
     Natsume Soseki's Botchan in English (0.3 MB) out of sentencepiece's source archive, through pip. The texts' sha256
     is checked by every call, the cached file's too. Raises `OSError` where the package manager or the network is
     missing, and for other texts than these.
+
+    >>> from unittest import mock
+    >>> of_nothing = mock.patch.dict(_SOURCES, botchan=(_botchan, hashlib.sha256(b"{}").hexdigest(), _TXT))
+    >>> with tempfile.TemporaryDirectory() as folder, of_nothing, mock.patch.dict(os.environ, MOE_JAX_CACHE=folder):
+    ...     Path(folder, "corpora").mkdir()
+    ...     _ = Path(folder, "corpora", "botchan.json").write_text("{}")  # as if fetched before
+    ...     fetch_texts("botchan")
+    {}
     """
     get, expected, instead = _SOURCES[name]
     target = cache_folder() / "corpora" / f"{name}.json"

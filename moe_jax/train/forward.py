@@ -94,7 +94,7 @@ def loss(
 
 
 def run_layers(architecture: Architecture, computation: Computation, weights: Weights, x: Array, span, real=None):
-    """The stream behind all layers, and of each segment's MoE layers, in order, the balance and how many choices ran."""
+    """The stream behind all layers, and by segment the balance of its MoE layers and how many choices ran."""
     request = RoutingRequest(real, None, computation.implementation, computation.capacity_factor)
     balances, kept = [], []
     counts = iter(architecture.expert_counts)

@@ -1,7 +1,7 @@
 """What a run writes down: a JSON line for every step, and a plot of them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,8 +43,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def plot(lines: list[dict[str, Any]], shares: np.ndarray, path: str | Path) -> None:
-    """A PNG of losses and balance by step, and of every expert's share `[Lm, E]` of the held-out tokens' choices."""
+def plot(lines: list[dict[str, Any]], shares: Sequence[np.ndarray], path: str | Path) -> None:
+    """A PNG of losses and balance by step, and by MoE layer of each expert's share `[E]` of the held-out choices."""
     from matplotlib.figure import Figure  # half a second to import
 
     steps = [line["step"] for line in lines]
@@ -60,8 +60,11 @@ def plot(lines: list[dict[str, Any]], shares: np.ndarray, path: str | Path) -> N
     middle.plot(steps, [line["dropped"] for line in lines], linewidth=0.6, label="share of choices dropped")
     middle.set(xlabel="step", title="balance")
     middle.legend()
-    if shares.size:
-        image = right.imshow(shares * shares.shape[1], aspect="auto", vmin=0, vmax=2, cmap="RdBu_r")
+    if shares:
+        most = max(map(len, shares))
+        use = [np.pad(layer * len(layer), (0, most - len(layer)), constant_values=np.nan) for layer in shares]
+        image = right.imshow(use, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r")
         figure.colorbar(image, ax=right, label="times the fair share")
     right.set(xlabel="expert", ylabel="MoE layer", title="use of experts, held out")
+    right.locator_params(integer=True)
     figure.savefig(path, dpi=110)

@@ -22,6 +22,10 @@ def deb_texts(path: str | Path) -> dict[str, str]:
     """The character vectors in the data of an R package (a Debian .deb) by name, elements joined by line ends.
 
     Raises `OSError` where the file is something else or holds other data.
+
+    >>> deb_texts(__file__)
+    Traceback (most recent call last):
+    OSError: ...r_data.py: no R package with texts as its data: ValueError: not a Debian package
     """
     try:
         files = _data_files(Path(path).read_bytes())

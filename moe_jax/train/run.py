@@ -28,23 +28,23 @@ from .update import Report, State, Training, schedule
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """On the held-out text: `loss` in nats per token, `bits_per_byte`, and each expert's part of its layer's choices,
-    `shares [Lm, E]`."""
+    """On the held-out text: `loss` in nats per token, `bits_per_byte`, and by MoE layer each expert's part of its
+    choices, `shares [E]`."""
 
     loss: float
     bits_per_byte: float
-    shares: np.ndarray
+    shares: tuple[np.ndarray, ...]
 
     @property
     def min_expert_share(self) -> float:
         """The least used expert's part, in fair ones (`1/E`); 1 without MoE layers."""
-        return float((self.shares * (self.shares > -1).sum(-1, keepdims=True)).min()) if self.shares.size else 1.0
+        return min((float(layer.min() * len(layer)) for layer in self.shares), default=1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to: `evaluation` of the last weights, a byte `trigram`'s bits per byte on the same text, `seconds`
-    of all parts of the run, and whether it is `finished`, or was stopped by SIGTERM after `step` steps."""
+    """What a run came to: `evaluation` of the last weights, a byte `trigram`'s bits per byte on the same text,
+    `seconds` of all parts of the run, and whether it is `finished`, or was stopped by SIGTERM after `step` steps."""
 
     step: int
     finished: bool
@@ -151,8 +151,6 @@ class _Run:
         if not report.finite:
             values = f"loss {losses.cross_entropy}, gradient norm {report.gradient_norm}"
             raise FloatingPointError(f"step {step}: {values}; the weights are those before it, and are not saved")
-        counts = losses.counts
-        most = counts.max(1) * (counts.shape[1] / counts.sum(1)) if counts.size else np.ones(1)
         tokens = self.settings.data.batch_size * self.settings.data.length
         since, self.last = now - getattr(self, "last", self.before), now
         return {
@@ -161,7 +159,7 @@ class _Run:
             "balance": float(losses.balance),
             "z": float(losses.z),
             "dropped": float(losses.dropped),
-            "max_load": float(most.max()),
+            "max_load": _max_load(losses.counts, self.training.architecture.expert_counts),
             "gradient_norm": float(report.gradient_norm),
             "learning_rate": float(self.rate(step - 1)),
             "tokens_per_second": round(tokens / max(since, 1e-9), 1),
@@ -191,6 +189,11 @@ class _Run:
         return outcome
 
 
+def _max_load(counts: np.ndarray, experts: tuple[int, ...]) -> float:
+    """The most that an expert had to do, in its layer's mean; `counts [Lm, E]`, of which each layer has `experts`."""
+    return float((counts.max(1) * np.asarray(experts) / counts.sum(1)).max()) if counts.size else 1.0
+
+
 def evaluate(training: Training, state: State, text: Text) -> Evaluation:
     """Loss and use of experts on all of the held-out text, each token predicted once."""
     nats, predictions = 0.0, 0.0
@@ -200,7 +203,8 @@ def evaluate(training: Training, state: State, text: Text) -> Evaluation:
         real = float(counted.sum())
         nats, predictions = nats + float(losses.cross_entropy) * real, predictions + real
         counts = counts + np.asarray(losses.counts, np.int64)
-    shares = counts / counts.sum(-1, keepdims=True) if np.size(counts) else np.zeros((0, 0))
+    layers = zip(counts, training.architecture.expert_counts, strict=True) if np.size(counts) else ()
+    shares = tuple(layer[:experts] / layer.sum() for layer, experts in layers)
     return Evaluation(nats / predictions, nats / math.log(2) / text.held_out_size, shares)
 
 

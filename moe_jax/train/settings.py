@@ -32,9 +32,11 @@ def _whole(owner: Any, *names: str, least: int = 1) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is read: `corpus`, see `data.load_corpus`, or several of them; cut by `tokenizer` ("bytes", "demo" for the
-    demo model's, or a folder or .gguf file), a share `held_out` of it never trained on; windows of `length`
-    predictions, `batch_size` in each step."""
+    """What is read: `corpus`, see `data.load_corpus`, or several of them, a share `held_out` never trained on.
+
+    `tokenizer`: "bytes"; "bpe:2048" for so many tokens learned from the text; "demo" for the demo model's; or a folder
+    or .gguf file. Windows are of `length` predictions, `batch_size` in each step.
+    """
 
     corpus: str | tuple[str, ...]
     tokenizer: str = "bytes"

@@ -1,7 +1,7 @@
 """What a run reads: its corpus in token windows, and the held-out rest."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from ..checkpoint.gguf import GGUFFile
 from ..demo import fetch_demo
 from ..tokenizer import Tokenizer, load_tokenizer, tokenizer_from_gguf
 from ..tokenizer_backends import Fast, need
+from .bpe import train_tokenizer
 from .data import Windows, held_out_batches, load_corpus, load_tokens, tokenize
 from .ngram import trigram_bits_per_byte
 from .settings import Data
@@ -38,16 +39,17 @@ class Text:
 
 def load_text(data: Data, seed: int) -> Text:
     """The corpus that `data` names, its windows in the order of `seed`. Errors as of `load_corpus`, `load_tokens`."""
-    tokenizer = byte_tokenizer() if data.tokenizer == "bytes" else _tokenizer(data.tokenizer)
     both = None
     if data.corpora[0].endswith((".npy", ".bin")):
         if len(data.corpora) > 1:
             raise ValueError(f"corpus: a file of token ids stands alone, got {', '.join(data.corpora)}")
+        tokenizer = tokenizer_of(data.tokenizer)
         train, held_out = load_tokens(data.corpora[0], data.held_out)
         size = len(tokenizer.decode(held_out).encode())
     else:
         corpora = [load_corpus(source, data.held_out) for source in data.corpora]
         documents = [[text for c in corpora for text in getattr(c, part)] for part in ("train", "held_out")]
+        tokenizer = tokenizer_of(data.tokenizer, documents[0])
         cutter = "bytes" if data.tokenizer == "bytes" else tokenizer
         train, held_out = (tokenize(some, cutter) for some in documents)
         first, second = ("\n".join(some).encode() for some in documents)
@@ -55,7 +57,18 @@ def load_text(data: Data, seed: int) -> Text:
     return Text(tokenizer, Windows(train, data.batch_size, data.length, seed), held_out, size, both, data)
 
 
-def _tokenizer(source: str) -> Tokenizer:
+def tokenizer_of(source: str, documents: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer that `Data.tokenizer` names; `documents` are those to learn one from.
+
+    >>> tokenizer_of("bpe:258", ["so so so"]).vocab_size
+    258
+    """
+    if source == "bytes":
+        return byte_tokenizer()
+    if source.startswith("bpe:"):
+        if not source[4:].isdecimal():
+            raise ValueError(f"tokenizer: {source!r}, expected a number of tokens, such as bpe:2048")
+        return train_tokenizer(documents, int(source[4:]))
     path = str(fetch_demo()) if source == "demo" else source
     return tokenizer_from_gguf(GGUFFile(path)) if path.endswith(".gguf") else load_tokenizer(path)
 

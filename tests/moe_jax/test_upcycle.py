@@ -8,6 +8,7 @@ import pytest
 
 import moe_jax
 from moe_jax import ModelConfig
+from moe_jax.cli import main
 from moe_jax.model import Model, tiny_config
 from moe_jax.upcycle import tiny_llama
 
@@ -40,6 +41,11 @@ def test_refusals():
         moe_jax.upcycle(Model.initialize(biased))
     with pytest.raises(ValueError, match="top_k: 5"):
         moe_jax.upcycle(Model.initialize(tiny_llama()), num_experts=4, top_k=5)
+    with pytest.raises(ValueError, match="takes kernels in floats"):
+        moe_jax.upcycle(moe_jax.quantize(Model.initialize(tiny_llama())))
+    for noise in (-0.1, float("nan")):
+        with pytest.raises(ValueError, match=f"noise: {noise} "):
+            moe_jax.upcycle(Model.initialize(tiny_llama()), noise=noise)
 
 
 def test_dtype_is_kept():
@@ -66,3 +72,75 @@ def test_rope_keys_beside_the_scaling_are_kept(more):
     dense = llama_with(**more)
     assert dense.architecture.block.attention != Model.initialize(tiny_llama()).architecture.block.attention
     assert moe_jax.upcycle(dense).architecture.block.attention == dense.architecture.block.attention
+
+
+IDS = np.random.default_rng(0).integers(0, 96, (2, 9))
+
+
+def test_a_shared_expert_is_the_dense_mlp(tmp_path):
+    dense = Model.initialize(tiny_llama(), seed=1)
+    moe = moe_jax.upcycle(dense, num_experts=3, top_k=2, seed=7, shared_expert=True)
+    np.testing.assert_allclose(moe(IDS), dense(IDS), atol=2e-5)
+    kept, given, experts = moe.arrays()["shared"], dense.arrays()["dense"], moe.arrays()["moe"]
+    for name in ("gate", "up", "down"):
+        np.testing.assert_array_equal(kept[name], given[name])
+        for expert in range(3):
+            np.testing.assert_array_equal(experts[name][:, expert] * (2 if name == "down" else 1), given[name])
+    assert moe.config.model_type == "qwen2_moe" and not kept["scale"].any()
+    assert moe.architecture.block.attention == dense.architecture.block.attention
+    moe_jax.save_pretrained(moe, tmp_path)
+    np.testing.assert_array_equal(moe_jax.load_pretrained(tmp_path)(IDS), moe(IDS))
+
+
+def test_a_shared_expert_needs_its_half():
+    """What is preserved is the sum: neither part alone is the dense MLP."""
+    dense = Model.initialize(tiny_llama(), seed=1)
+    moe = moe_jax.upcycle(dense, shared_expert=True)
+    for group in ("shared", "moe"):
+        weights = moe.arrays()
+        weights[group] = weights[group] | {"down": weights[group]["down"] * 0}
+        assert np.abs(Model(moe.config, weights)(IDS) - dense(IDS)).max() > 0.05
+
+
+@pytest.mark.parametrize("shared_expert", [False, True])
+def test_noise_is_as_wide_as_said(shared_expert):
+    dense = Model.initialize(tiny_llama(), seed=1)
+    weights = dense.arrays()
+    weights["dense"]["up"] = weights["dense"]["up"] * jnp.array([1.0, 100.0])[:, None, None]
+    dense = Model(dense.config, weights)
+    plain, noisy, again = (
+        moe_jax.upcycle(dense, seed=3, noise=noise, shared_expert=shared_expert).arrays() for noise in (0, 0.25, 0.25)
+    )
+    for name in ("gate", "up", "down"):
+        kernels, added = np.asarray(plain["moe"][name]), np.asarray(noisy["moe"][name] - plain["moe"][name])
+        np.testing.assert_allclose(added.std((2, 3)), 0.25 * kernels.std((2, 3)), rtol=0.06)
+        assert (np.abs(added.mean((2, 3))) < 0.03 * kernels.std((2, 3))).all()
+        rows = added.reshape(2 * 4, -1)
+        assert np.abs(np.corrcoef(rows) - np.eye(8)).max() < 0.12  # other noise for each layer and expert
+        np.testing.assert_array_equal(noisy["moe"][name], again["moe"][name])
+    np.testing.assert_array_equal(plain["moe"]["router"], noisy["moe"]["router"])
+    if shared_expert:
+        np.testing.assert_array_equal(plain["shared"]["up"], noisy["shared"]["up"])
+
+
+def test_noise_changes_the_model_by_and_by():
+    dense = Model.initialize(tiny_llama(), seed=1)
+    far = [float(np.abs(moe_jax.upcycle(dense, noise=noise)(IDS) - dense(IDS)).max()) for noise in (0.001, 0.1, 1.0)]
+    assert 0 < far[0] < 0.02 < far[1] < far[2]
+    narrow = Model.initialize(tiny_llama(), dtype=jnp.bfloat16)
+    assert {a.dtype for a in moe_jax.upcycle(narrow, noise=0.1, shared_expert=True).arrays()["moe"].values()} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    dense = Model.initialize(tiny_llama(), seed=1)
+    moe_jax.save_pretrained(dense, tmp_path / "dense")
+    command = ["convert", "--model", str(tmp_path / "dense"), "--output", str(tmp_path / "moe")]
+    upcycled = [*command, "--upcycle", "3", "--shared-expert", "--noise", "0.1", "--seed", "5"]
+    assert main(upcycled) == 0
+    expected = moe_jax.upcycle(dense, 3, seed=5, noise=0.1, shared_expert=True)
+    np.testing.assert_array_equal(moe_jax.load_pretrained(tmp_path / "moe")(IDS), expected(IDS))
+    capsys.readouterr()
+    assert main([*command, "--shared-expert", "--noise", "0.1"]) != 0
+    assert "noise, shared_expert: only with --upcycle" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from moe_jax import Model, ModelConfig, make_mesh, shard
 from moe_jax.router import describe
 from moe_jax.train import Data, Optimizer, Routing, Settings, Training
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "tiny"
+CONFIGS = Path(__file__).parents[3] / "configs" / "tiny"
 FAMILIES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 LENGTH = 12
 
