@@ -1,6 +1,6 @@
 """Mixture-of-experts transformers in JAX."""
 
-from . import convert, router
+from . import convert, inspect, router
 from ._version import __version__
 from .axes import Axes
 from .config import ModelConfig
@@ -14,6 +14,7 @@ from .quantize import dequantize, quantize
 from .router import Routing
 from .shard import gather, shard
 from .sharding import make_mesh
+from .surgery import Surgery, merge, prune
 from .text import generate_text, score, stream_text
 from .tokenizer import load_tokenizer
 from .upcycle import upcycle
@@ -31,6 +32,7 @@ __all__ = [
     "Record",
     "Routing",
     "SelfAttention",
+    "Surgery",
     "TopKGate",
     "__version__",
     "balance",
@@ -39,9 +41,12 @@ __all__ = [
     "gather",
     "generate",
     "generate_text",
+    "inspect",
     "load_pretrained",
     "load_tokenizer",
     "make_mesh",
+    "merge",
+    "prune",
     "quantize",
     "router",
     "save_pretrained",

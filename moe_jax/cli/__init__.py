@@ -9,15 +9,17 @@ import jax
 
 from .. import __version__
 from ..demo import cache_folder
-from . import bench, chat, convert, generate, info, plan, score
+from . import bench, chat, convert, generate, info, inspect, plan, score, train
 
 _COMMANDS = {
     "generate": (generate, "continue a prompt"),
     "chat": (chat, "talk with a model"),
     "score": (score, "log-probabilities and perplexity of a text"),
     "info": (info, "what a checkpoint or config holds"),
-    "convert": (convert, "write a model as a Hugging Face folder, upcycled on request"),
+    "convert": (convert, "write a model as a Hugging Face folder; upcycled, pruned or merged on request"),
+    "train": (train, "train a model, or go on with one"),
     "bench": (bench, "measure speed"),
+    "inspect": (inspect, "which experts serve which tokens of a text"),
     "plan": (plan, "what a model needs on many devices, which need not be there"),
 }
 

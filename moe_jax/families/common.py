@@ -1,5 +1,6 @@
 """Pieces of architecture that many families share."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,10 +23,26 @@ def decoder(hub: Hub, block: BlockConfig, layers: Sequence[LayerConfig], **optio
     options.setdefault("tied", hub.flag("tie_word_embeddings", False))
     return Architecture(
         block=block,
-        layers=tuple(layers),
+        layers=_with_own_counts(hub, layers),
         vocab_size=hub.integer("vocab_size"),
         context=hub.integer("max_position_embeddings"),
         **options,
+    )
+
+
+def _with_own_counts(hub: Hub, layers: Sequence[LayerConfig]) -> tuple[LayerConfig, ...]:
+    """Layers with the experts of `num_experts_per_layer` (0: dense), our own key for what `moe_jax.prune` makes."""
+    counts = hub.items("num_experts_per_layer", None)
+    if counts is None:
+        return tuple(layers)
+    known = [type(count) is int and count >= 0 for count in counts]
+    if not all(known) or [count > 0 for count in counts] != [layer.moe for layer in layers]:
+        dense = [i for i, layer in enumerate(layers) if not layer.moe]
+        raise ValueError(
+            f"{hub.family}: num_experts_per_layer {counts} does not fit {len(layers)} layers, dense ones {dense}"
+        )
+    return tuple(
+        dataclasses.replace(layer, num_experts=count or None) for layer, count in zip(layers, counts, strict=True)
     )
 
 
