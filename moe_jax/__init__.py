@@ -1,6 +1,6 @@
 """Mixture-of-experts transformers in JAX."""
 
-from . import convert, inspect, router
+from . import convert, inspect, router, train
 from ._version import __version__
 from .axes import Axes
 from .config import ModelConfig
@@ -54,5 +54,6 @@ __all__ = [
     "shard",
     "stream",
     "stream_text",
+    "train",
     "upcycle",
 ]

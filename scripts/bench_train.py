@@ -4,10 +4,12 @@ example: python scripts/bench_train.py --model olmoe --layers 4 --batch 8 --leng
 """
 
 import argparse
+import collections
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 #: Dense bfloat16 products of an H100 SXM, by its data sheet.
 PEAK = 989e12
+#: Steps of a profile.
+_PROFILED = 3
 
 
 def main() -> int:
@@ -30,7 +34,7 @@ def main() -> int:
     parser.add_argument("--implementation", help="of the experts")
     parser.add_argument("--peak", type=float, default=PEAK, help="FLOP/s that utilisation is a share of")
     parser.add_argument("--torch", action="store_true", help="also transformers, its experts' implementations in turn")
-    parser.add_argument("--trace", metavar="DIR", help="write a profile of three steps")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of a step that take most time")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only-torch", metavar="EXPERTS:WEIGHTS", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,6 +61,7 @@ def ours(options) -> dict:
     import jax
     import numpy as np
 
+    from moe_jax.benchmarks.kernels import kernels_of
     from moe_jax.benchmarks.models import find_config
     from moe_jax.benchmarks.work import prefill_flops
     from moe_jax.model import Model
@@ -87,11 +92,13 @@ def ours(options) -> dict:
         state, report = step(state, batches[turn % 4])
     jax.block_until_ready(state)
     ahead = (time.perf_counter() - begin) / options.steps
-    if options.trace:
-        with jax.profiler.trace(options.trace):
-            for turn in range(3):
-                state, report = step(state, batches[turn])
-            jax.block_until_ready(state)
+    if options.profile:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                for turn in range(_PROFILED):
+                    state, report = step(state, batches[turn])
+                jax.block_until_ready(state)
+            print(longest(kernels_of(folder, jax.devices()[0].platform != "cpu")), flush=True)
     flops = 3 * prefill_flops(config.architecture, options.batch, options.length)
     # prefill makes logits for one position of each row
     flops += 3 * 2 * vocab * config.architecture.block.width * options.batch * (options.length - 1)
@@ -109,6 +116,19 @@ def ours(options) -> dict:
         "device": device.device_kind,
         "versions": {"jax": jax.__version__},
     }
+
+
+def longest(kernels) -> str:
+    """A table of kernels by name: milliseconds and launches of a step."""
+    seconds, counts = collections.Counter(), collections.Counter(kernel.name for kernel in kernels)
+    for kernel in kernels:
+        seconds[kernel.name] += kernel.seconds
+    lines = ["| kernel | ms a step | launches |", "| --- | --- | --- |"]
+    for name, total in seconds.most_common(40):
+        lines.append(f"| {name[:70]} | {1e3 * total / _PROFILED:.3f} | {counts[name] / _PROFILED:.1f} |")
+    return "\n".join(
+        [*lines, f"| all | {1e3 * sum(seconds.values()) / _PROFILED:.3f} | {len(kernels) / _PROFILED:.1f} |"]
+    )
 
 
 def apart(only: str) -> dict:

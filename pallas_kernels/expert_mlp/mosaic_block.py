@@ -1,6 +1,7 @@
 """One block of a grouped product (`mosaic_kernel`): a producer that loads, consumers that multiply and store."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,21 +15,21 @@ from .mosaic_gather import find_rows, gather_rows, initialize, wait_for_rows
 from .mosaic_weights import Piece
 
 _I32 = jnp.int32
-_PRODUCER_REGISTERS, _REGISTERS = 56, 504  # per thread, of all warpgroups together
+PRODUCER_REGISTERS, _REGISTERS = 56, 504  # per thread, of all warpgroups together
 
 
 @dataclasses.dataclass(frozen=True)
 class _Refs:
     """A block's references: operands and output in global memory, the ring and its barriers in shared memory."""
 
-    x: Any
+    xs: Any
     tile_expert: Any
     num_tiles: Any
     row_choice: Any
     layer: Any
     biases: Any
     kernels: Any  # of each the arrays that its form has
-    out: Any
+    outs: Any
     x_s: Any
     w_s: Any
     out_s: Any
@@ -38,11 +39,13 @@ class _Refs:
     wide_s: Any  # interpreted only
 
 
-def block(product, sizes, x, *refs, x_s, w_s, out_s, full, free, rows, wide_s):
-    plan_and_layer, others, out = refs[:4], refs[4:-1], refs[-1]
+def block(product, sizes, *refs, x_s, w_s, out_s, full, free, rows, wide_s):
+    refs, outs = refs[: -sizes.outputs], refs[-sizes.outputs :]
+    xs, plan_and_layer, others = refs[: sizes.terms], refs[sizes.terms : sizes.terms + 4], refs[sizes.terms + 4 :]
     biases, others = others[: sizes.biases], others[sizes.biases :]
-    kernels = [others[n * sizes.arrays : (n + 1) * sizes.arrays] for n in range(sizes.kernels)]
-    refs = _Refs(x, *plan_and_layer, biases, kernels, out, x_s, w_s, out_s, full, free, rows, wide_s)
+    count = sizes.terms * sizes.products
+    kernels = [others[n * sizes.arrays : (n + 1) * sizes.arrays] for n in range(count)]
+    refs = _Refs(xs, *plan_and_layer, biases, kernels, outs, x_s, w_s, out_s, full, free, rows, wide_s)
     tiling, warpgroup = product.tiling, lax.axis_index("warpgroup")
     if not (product.overlap or product.interpret):
         plgpu.griddepcontrol_wait()
@@ -52,14 +55,18 @@ def block(product, sizes, x, *refs, x_s, w_s, out_s, full, free, rows, wide_s):
 
     @pl.when(warpgroup == tiling.consumers)
     def _():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
         _produce(product, sizes, refs, work)
 
     @pl.when(warpgroup < tiling.consumers)
     def _():
-        share = (_REGISTERS - _PRODUCER_REGISTERS) // tiling.consumers // 8 * 8
-        plgpu.set_max_registers(min(232, share), action="increase")
+        plgpu.set_max_registers(consumer_registers(tiling.consumers), action="increase")
         _consume(product, sizes, refs, work, warpgroup)
+
+
+def consumer_registers(consumers):
+    """What a producer leaves to each thread of the consumers."""
+    return min(232, (_REGISTERS - PRODUCER_REGISTERS) // consumers // 8 * 8)
 
 
 class _Work:
@@ -77,10 +84,7 @@ class _Work:
 
     def piece(self, i):
         index = self.block + i * self.blocks
-        if self.tiling.group == 1:
-            tile, strip = lax.div(index, _I32(self.strips)), lax.rem(index, _I32(self.strips))
-        else:
-            tile, strip = _grouped(index, self.num_tiles, self.strips, self.tiling.group)
+        tile, strip = grouped_order(index, self.num_tiles, self.strips, self.tiling.group)
         # The last strip ends with the columns: where they do not divide, it computes some of them a second time.
         column = strip * self.tiling.columns
         if self.sizes.out % self.tiling.columns:
@@ -94,33 +98,57 @@ class _Work:
         return jnp.clip(self.refs.tile_expert[tile], 0, self.product.experts - 1) + self.first
 
 
-def _grouped(index, tiles, strips, group):
+def grouped_order(index, tiles, strips, group):
     """Piece `index` in an order that takes `group` tiles through all their strips before the next ones."""
+    if group == 1:
+        return lax.div(index, _I32(strips)), lax.rem(index, _I32(strips))
     which = lax.div(index, _I32(group * strips))
     size = jnp.clip(tiles - which * group, 1, group)
     inside = index - which * (group * strips)
     return which * group + lax.rem(inside, size), lax.div(inside, size)
 
 
+class _Loads:
+    """Copies to a slot of the ring. Where products are added up, each step belongs to one of them."""
+
+    def __init__(self, product, sizes, refs):
+        self.product, self.sizes, self.refs, self.tiling = product, sizes, refs, product.tiling
+
+    def weights(self, column, expert, k, slot):
+        strip, refs = pl.ds(column, self.tiling.columns), self.refs
+
+        def load(term, depth):
+            kernels = refs.kernels[term * self.sizes.products :][: self.sizes.products]
+            for kernel, w_s in zip(kernels, refs.w_s, strict=True):
+                source = self.product.weights.source(kernel, expert, strip, depth)
+                plgpu.copy_gmem_to_smem(source, w_s.at[slot], refs.full.at[slot])
+
+        self._in_its_term(load, k)
+
+    def rows(self, tile, k, slot):
+        # a start that is traced: rows beyond the end of x are wanted here, and come as zeros
+        rows = pl.ds(tile * (0 if self.product.source == "in_place" else self.tiling.rows), self.tiling.rows)
+
+        def load(term, depth):
+            refs = self.refs
+            plgpu.copy_gmem_to_smem(refs.xs[term].at[rows, depth], refs.x_s.at[slot], refs.full.at[slot])
+
+        self._in_its_term(load, k)
+
+    def _in_its_term(self, load, k):
+        terms, of_term, depth = self.sizes.terms, self.sizes.steps_of_term(self.tiling), self.tiling.depth
+        for term in range(terms):
+            first = term * of_term
+            run = functools.partial(load, term, pl.ds((k - first) * depth, depth))
+            run() if terms == 1 else pl.when((k >= first) & (k < first + of_term))(run)
+
+
 def _produce(product, sizes, refs, work):
     tiling, stages, steps = product.tiling, work.stages, work.steps
-    total = work.pieces * steps
+    total, load = work.pieces * steps, _Loads(product, sizes, refs)
 
     def slot_of(step):
         return lax.rem(step, _I32(stages))
-
-    def load_weights(column, expert, k, slot):
-        depth = pl.ds(k * tiling.depth, tiling.depth)
-        strip = pl.ds(column, tiling.columns)
-        for kernel, w_s in zip(refs.kernels, refs.w_s, strict=True):
-            source = product.weights.source(kernel, expert, strip, depth)
-            plgpu.copy_gmem_to_smem(source, w_s.at[slot], refs.full.at[slot])
-
-    def load_rows(tile, k, slot):
-        # a start that is traced: rows beyond the end of x are wanted here, and come as zeros
-        start = tile * (0 if product.source == "in_place" else tiling.rows)
-        rows, depth = pl.ds(start, tiling.rows), pl.ds(k * tiling.depth, tiling.depth)
-        plgpu.copy_gmem_to_smem(refs.x.at[rows, depth], refs.x_s.at[slot], refs.full.at[slot])
 
     if product.source == "gathered":
         initialize(refs.rows[0])
@@ -136,7 +164,7 @@ def _produce(product, sizes, refs, work):
 
             @pl.loop(0, ahead)
             def _(k):
-                load_weights(column, first, k, k)
+                load.weights(column, first, k, k)
 
         plgpu.griddepcontrol_wait()
 
@@ -145,7 +173,7 @@ def _produce(product, sizes, refs, work):
         following = work.expert(i + 1)  # asked for early: the answer takes a while
         if product.source == "gathered":
             start = tile * tiling.rows
-            found = find_rows(refs.x, refs.row_choice, start, tiling.rows, tiling.depth, product.choices)
+            found = find_rows(refs.xs[0], refs.row_choice, start, tiling.rows, tiling.depth, product.choices)
 
         @pl.loop(0, steps)
         def _(k):
@@ -160,14 +188,14 @@ def _produce(product, sizes, refs, work):
 
                 @pl.when(step >= ahead)
                 def _():
-                    load_weights(column, expert, k, slot)
+                    load.weights(column, expert, k, slot)
 
             else:
-                load_weights(column, expert, k, slot)
+                load.weights(column, expert, k, slot)
             if product.source != "gathered":
-                load_rows(tile, k, slot)
+                load.rows(tile, k, slot)
             else:
-                gather_rows(refs.x, found, refs.x_s.at[slot], refs.rows[0], slot, k * tiling.depth)
+                gather_rows(refs.xs[0], found, refs.x_s.at[slot], refs.rows[0], slot, k * tiling.depth)
 
         return following
 
@@ -219,32 +247,40 @@ def _consume(product, sizes, refs, work, warpgroup):
             mine=mine,
             columns=pl.ds(column, tiling.share),
         )
-        values = product.weights.multiply(piece)
-        y = _epilogue(product, refs, values, expert, column)
-        _store(refs, y.astype(refs.out.dtype), tile * tiling.rows, column, warpgroup)
+        values = _biased(product, refs, product.weights.multiply(piece), expert, column)
+        result, *kept = refs.outs
+        # first what is kept: its registers are then free for the activation
+        for out, value in zip(kept, values if product.keeps else (), strict=True):
+            _store(refs, out, value, tile * tiling.rows, column, warpgroup)
+        _store(refs, result, _activated(product, values), tile * tiling.rows, column, warpgroup)
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _epilogue(product, refs, values, expert, column):
-    """Biases and activation of accumulators `[share, rows]`."""
-    if refs.biases:
-        layout, strip = plgpu.Layout.WGMMA.reduce(1), pl.ds(column, product.tiling.share)
+def _biased(product, refs, values, expert, column):
+    """Accumulators `[share, rows]` with their biases."""
+    if not refs.biases:
+        return values
+    layout, strip = plgpu.Layout.WGMMA.reduce(1), pl.ds(column, product.tiling.share)
 
-        def add(value, bias):
-            bias = load_registers(bias.at[expert, strip], layout)
-            return value + lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, (0,))
+    def add(value, bias):
+        bias = load_registers(bias.at[expert, strip], layout)
+        return value + lax.broadcast_in_dim(bias.astype(jnp.float32), value.shape, (0,))
 
-        values = tuple(map(add, values, refs.biases))
+    return tuple(map(add, values, refs.biases))
+
+
+def _activated(product, values):
     if product.activation is None:
         return values[0]
     gate, up = values if len(values) == 2 else (None, values[0])
     return product.activation(gate, up, simple_erf)
 
 
-def _store(refs, y, row, column, warpgroup):
-    """`y [share, rows]`, transposed, to the output; in parts that take turns in the staging memory."""
+def _store(refs, out, y, row, column, warpgroup):
+    """`y [share, rows]`, transposed, to an output; in parts that take turns in the staging memory."""
     _, slots, most, columns = refs.out_s.shape
+    y = y.astype(out.dtype)
     parts = [(c, r) for c in range(0, y.shape[0], columns) for r in range(0, y.shape[1], most)]
     for turn, (c, r) in enumerate(parts):
         rows = pl.ds(0, min(most, y.shape[1] - r))
@@ -253,4 +289,4 @@ def _store(refs, y, row, column, warpgroup):
         part = y[c : c + columns, r : r + rows.size]
         staged.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, refs.out.at[pl.ds(row + r, rows.size), pl.ds(column + c, columns)])
+        plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(row + r, rows.size), pl.ds(column + c, columns)])

@@ -77,14 +77,15 @@ def find_rows(x, row_choice, first_row, rows, depth, choices):
     return find(row_choice, *_words(first_row))
 
 
-def gather_rows(x, found, stage, barriers, slot, column):
-    """Start copying the rows `found`, from `column` on, to `stage [rows, depth]`.
+def gather_rows(x, found, stage, barriers, slot, column, depth=None):
+    """Start copying the rows `found`, from `column` on, to `stage [rows, columns]`.
 
     Barrier `slot` completes a phase when all is there, see `wait_for_rows`. Rows of padding and columns beyond the end
-    of x come as zeros.
+    of x come as zeros. `depth`: that rows were found for, where the stage has several times as many columns.
     """
     width = x.shape[1]
-    rows, depth = stage.shape
+    rows, columns = stage.shape
+    depth = depth or columns
     elements, per_row, at_once, turns = _sharing(x.dtype, rows, depth)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _pieces(turns), _STAGE, plgpu.RefType(), _SCALAR, _SCALAR))
@@ -97,7 +98,7 @@ def gather_rows(x, found, stage, barriers, slot, column):
         # where the piece lies: in which 128-byte tile of its row, and which piece of that
         tile, within = (part(piece, c(_ROW_BYTES // _PIECE)) for part in (arith.divui, arith.remui))
         eighth, block = arith.remui(row, c(8)), arith.divui(row, c(8))
-        block = arith.addi(arith.muli(block, c(depth * _PIECE // elements // _ROW_BYTES)), tile)
+        block = arith.addi(arith.muli(block, c(columns * _PIECE // elements // _ROW_BYTES)), tile)
         target = arith.addi(arith.muli(block, c(8 * _ROW_BYTES)), arith.muli(eighth, c(_ROW_BYTES)))
         target = arith.addi(target, arith.muli(arith.xori(within, eighth), c(_PIECE)))
         target = _at(mgpu.utils.memref_ptr(stage), _SHARED, target)
@@ -115,13 +116,17 @@ def gather_rows(x, found, stage, barriers, slot, column):
             offset = arith.muli(arith.extsi(long, arith.select(real, before, c(0))), c(_PIECE, long))
             size = arith.select(real, c(_PIECE), c(0))
             # at_once rows further on: all threads move by as many whole blocks of 8 rows
-            further = turn * at_once * depth * (_PIECE // elements)
-            copy = f"cp.async.cg.shared.global [$0+{further}], [$1], 16, $2;"
+            further = turn * at_once * columns * (_PIECE // elements)
+            starts = range(0, columns * _PIECE // elements, depth * _PIECE // elements)
+            copies = [
+                f"cp.async.cg.shared.global [$0+{further + 8 * start}], [$1+{start}], 16, $2;" for start in starts
+            ]
             operands, kinds = [target, _at(source, _GENERIC, offset), size], "r,l,r"
             if rows < (turn + 1) * at_once:  # fewer rows are left than the threads could copy
-                copy = "{ .reg .pred p; setp.lt.u32 p, $3, " + f"{rows - turn * at_once}; @p {copy}" + " }"
-                operands, kinds = [*operands, row], kinds + ",r"
-            _asm(copy, kinds, *operands)
+                copies = [f"@p {copy}" for copy in copies]
+                fewer = "{ .reg .pred p; setp.lt.u32 p, $3, " + f"{rows - turn * at_once};"
+                copies, operands, kinds = [fewer, *copies, "}"], [*operands, row], kinds + ",r"
+            _asm(" ".join(copies), kinds, *operands)
         barrier = _at(mgpu.utils.memref_ptr(barriers), _SHARED, arith.muli(slot, c(_BARRIER_BYTES)))
         _asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", "r", barrier)
 

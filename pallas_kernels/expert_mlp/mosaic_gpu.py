@@ -3,6 +3,9 @@
 gate/up: rows of x, gathered on the way in -> activation -> hidden rows of the plan
 down:    hidden rows -> output rows of the plan
 combine: output rows, each times its router weight, added up in float32 in a fixed order
+
+For gradients gate/up stores its products too, over tiles that `mosaic_backward` can sum up; few tokens and quantised
+kernels have the gradients of the tile loop.
 """
 
 import functools
@@ -14,10 +17,10 @@ import jax.numpy as jnp
 
 from .. import compat
 from ..plan import Plan, make_plan
-from . import mosaic_forms, xla_tiles
+from . import mosaic_backward, mosaic_forms, xla_tiles
 from .combine import combine
 from .mosaic_kernel import Product, grouped_product
-from .mosaic_tilings import TILE_ROWS, Tilings, choose
+from .mosaic_tilings import TILE_ROWS, Tilings, choose, trained_rows
 
 #: Shared memory is written in rows of 64 columns.
 _WIDTH_STEP = 64
@@ -68,7 +71,7 @@ def _run(x, ids, weights, experts, plan, layer, tilings, interpret):
     if plan is None:
         make = _plan_of_one if ids.shape[0] == 1 else make_plan
         plan = make(ids, experts.num_experts, tilings.up.rows)
-    hidden, rows = _products(x, ids, experts, plan, layer, tilings, interpret)
+    (hidden,), rows = _products(x, ids, experts, plan, layer, tilings, interpret)
     return combine(rows(hidden), plan.slot, weights, x.dtype)
 
 
@@ -80,8 +83,11 @@ def _plan_of_one(ids, num_experts, rows):
     return Plan(row_choice=ids[0], slot=slot, tile_expert=ids[0], num_tiles=tiles, tile_rows=rows, in_place=True)
 
 
-def _products(x, ids, experts, plan, layer, tilings, interpret):
-    """Hidden rows of the plan `[rows, F]`, and the function that makes output rows `[rows, D]` of them."""
+def _products(x, ids, experts, plan, layer, tilings, interpret, *, keeps=False):
+    """Hidden rows of the plan `[rows, F]`, and the function that makes output rows `[rows, D]` of them.
+
+    `keeps`: behind the hidden rows come those of gate (if there is one) and up.
+    """
     flat = experts.flat()
     layer = jnp.zeros(1, jnp.int32) if layer is None else jnp.asarray(layer, jnp.int32).reshape(1)
     # TMA takes x in blocks of 8 rows, or all of fewer
@@ -95,7 +101,13 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
         interpret=interpret,
     )
     forms = [mosaic_forms.form_of(kernel, experts.layout) for kernel in (flat.up, flat.down)]
-    up = Product("moe_jax_expert_up", tilings.up, experts.activation, source, weights=forms[0], overlap=False, **shared)
+    up = Product(
+        *("moe_jax_expert_up", tilings.up, experts.activation, source),
+        weights=forms[0],
+        overlap=False,
+        keeps=keeps,
+        **shared,
+    )
     down = Product(
         "moe_jax_expert_down", tilings.down, None, "tiled", weights=forms[1], overlap=not interpret, **shared
     )
@@ -104,17 +116,29 @@ def _products(x, ids, experts, plan, layer, tilings, interpret):
     if biases and len(biases) < len(kernels):
         biases = [jnp.zeros_like(biases[0]) if b is None else b for b in (flat.gate_bias, flat.up_bias)]
     hidden = grouped_product(up, x, kernels, biases, plan, layer, after=jax.tree.leaves(flat.down))
+    hidden = hidden if keeps else [hidden]
     return hidden, lambda h: grouped_product(down, h, [flat.down], given(flat.down_bias), plan, layer)
 
 
 def _forward(x, ids, weights, experts, plan, layer, tilings, interpret):
-    return _run(x, ids, weights, experts, plan, layer, tilings, interpret), (x, ids, weights, experts, layer)
+    if mosaic_backward.refuse(ids, experts):
+        return _run(x, ids, weights, experts, plan, layer, tilings, interpret), (x, ids, weights, experts, layer)
+    mean = ids.size / experts.num_experts
+    if not mosaic_backward.suits(plan):
+        plan = make_plan(ids, experts.num_experts, trained_rows(ids.shape[0], mean))
+    if tilings is None or tilings.up.rows != plan.tile_rows:
+        tilings = choose(*ids.shape, experts, plan.tile_rows)
+    (hidden, *products), rows = _products(x, ids, experts, plan, layer, tilings, interpret, keeps=True)
+    y = combine(rows(hidden), plan.slot, weights, x.dtype)
+    return y, mosaic_backward.Saved(x, weights, experts, layer, plan, products)
 
 
 def _backward(tilings, interpret, saved, d_y):
-    del tilings, interpret
-    x, ids, weights, experts, layer = saved
-    d_x, d_weights, d_experts = xla_tiles.gradients(x, ids, weights, experts, layer, d_y)
+    del tilings
+    if isinstance(saved, mosaic_backward.Saved):
+        d_x, d_weights, d_experts = mosaic_backward.gradients(saved, d_y, interpret)
+    else:
+        d_x, d_weights, d_experts = xla_tiles.gradients(*saved, d_y)
     return d_x, None, d_weights, d_experts, None, None
 
 

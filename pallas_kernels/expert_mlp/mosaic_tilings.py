@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from .mosaic_kernel import Tiling
+from .mosaic_weight_gradient import STEP, GradientTiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +13,20 @@ class Tilings:
 
     up: Tiling
     down: Tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTilings:
+    """Of the products that give gradients of the hidden rows, of x, and of kernels stored as `[F, D]` and `[D, F]`.
+
+    `gathers`: the kernels gather rows of x and of its gradient, instead of reading such as were gathered before.
+    """
+
+    hidden: Tiling
+    x: Tiling
+    fd: GradientTiling
+    df: GradientTiling
+    gathers: bool = True
 
 
 #: Tokens up to which every active expert takes all of them, in place: reading weights is all the time there is.
@@ -40,6 +55,40 @@ def choose(tokens, choices, experts, rows=None) -> Tilings:
         up = Tiling(rows, columns, group=16 if long else 8)
         down = Tiling(rows, 256, group=16 if long and experts.hidden > 4096 else 8)
     return Tilings(_fit(up, experts.hidden), _fit(down, experts.width))
+
+
+def choose_backward(tokens, choices, experts, rows) -> BackwardTilings:
+    """For the gradients of `tokens` with `choices` each, over tiles of `rows`."""
+    mean = tokens * choices / experts.num_experts
+    tiling = Tiling(rows, 256, group=16 if mean > 600 else 8)
+    fd = gradient_tiling(experts.hidden, experts.width, gathered=1)
+    df = gradient_tiling(experts.width, experts.hidden, gathered=0)
+    return BackwardTilings(_fit(tiling, experts.hidden), _fit(tiling, experts.width), fd, df)
+
+
+def gradient_tiling(rows: int, columns: int, gathered: int) -> GradientTiling:
+    """For the gradient of kernels `[rows, columns]`; the side whose rows are gathered is the narrower one.
+
+    >>> tiling = gradient_tiling(768, 192, gathered=1)
+    >>> tiling.rows, tiling.columns, tiling.consumers
+    (256, 128, 2)
+    """
+    rows = next(size for size in ((256, 128, 64) if gathered else (128, 64)) if size <= rows)
+    columns = min(columns, 128 if gathered and rows > 128 else 256)
+    return GradientTiling(rows, columns, consumers=1 if rows < 128 else 2, group=2 if gathered else 16)
+
+
+def trained_rows(tokens: int, mean: float) -> int | None:
+    """Rows of a tile where gradients are wanted, None for so few tokens that the tile would be in place.
+
+    wgmma takes 64 rows in a row of swizzled tiles, and a gradient's steps must end where an expert's tiles do.
+
+    >>> [trained_rows(tokens, mean) for tokens, mean in ((16384, 2048.0), (16384, 64.0), (100, 96.0), (64, 64.0))]
+    [128, 64, 64, None]
+    """
+    if tokens <= STEP:
+        return None
+    return 2 * STEP if mean > 96 and tokens > 2 * STEP else STEP
 
 
 def tile_rows(tokens: int, mean: float) -> int:

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Int
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A list of tiles, each `tile_rows` rows of one expert; only the first `num_tiles` hold work.
@@ -23,13 +23,26 @@ class Plan:
     slot: Int[Array, "G A"]
     tile_expert: Int[Array, " tiles"]
     num_tiles: Int[Array, ""]
-    tile_rows: int = dataclasses.field(metadata={"static": True})
-    in_place: bool = dataclasses.field(metadata={"static": True})
+    tile_rows: int
+    in_place: bool
 
     @property
     def max_tiles(self) -> int:
         """Static bound of the number of tiles."""
         return self.tile_expert.shape[0]
+
+    def tree_flatten(self):
+        return tuple(getattr(self, name) for name in _ARRAYS), (self.tile_rows, self.in_place)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        self = object.__new__(cls)  # no checks of types: transformations put placeholders in the leaves
+        for name, value in zip((*_ARRAYS, "tile_rows", "in_place"), (*children, *static), strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+
+_ARRAYS = ("row_choice", "slot", "tile_expert", "num_tiles")
 
 
 def tile_bound(rows: int, num_experts: int, tile_rows: int) -> int:

@@ -32,8 +32,11 @@ def problem(name, dtype):
     return x, weights, experts, cotangent, ids, np.array(1, np.int32) if layers else None
 
 
-def dense(x, weights, arrays, ids, layer, activation, layout, narrow):
-    """Every choice with its own gathered kernels; `narrow` as in `expert_oracle.oracle`."""
+def dense(x, weights, arrays, ids, layer, activation, layout, narrow, kept):
+    """Every choice with its own gathered kernels; `narrow` as in `expert_oracle.oracle`.
+
+    `kept`: whether each choice's row of x, of gate and of up is rounded too, and therewith its gradient.
+    """
     num = arrays["up"].shape[-3]
     valid = (ids >= 0) & (ids < num)
     of_choice = {n: (a if layer is None else a[layer])[jnp.where(valid, ids, 0)] for n, a in arrays.items()}
@@ -48,17 +51,19 @@ def dense(x, weights, arrays, ids, layer, activation, layout, narrow):
         if kernel not in of_choice:
             return None
         letters = "gai,gaoi->gao" if layout == "out_in" else "gai,gaio->gao"
-        return jnp.einsum(letters, rows, of_choice[kernel]) + of_choice.get(bias, 0)
+        y = jnp.einsum(letters, rows, of_choice[kernel]) + of_choice.get(bias, 0)
+        return rounded(y) if kept and kernel != "down" else y
 
     rows = jnp.broadcast_to(x[:, None], (*ids.shape, x.shape[1]))
+    rows = rounded(rows) if kept else rows
     gate, up = product(rows, "gate", "gate_bias"), product(rows, "up", "up_bias")
     out = product(rounded(ACTIVATE[activation](gate, up)), "down", "down_bias")
     return rounded((jnp.where(valid, weights, 0)[..., None] * rounded(out)).sum(1))
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "layout", "narrow"))
-def _dense_gradients(x, weights, arrays, cotangent, ids, layer, activation, layout, narrow):
-    loss = lambda *operands: (dense(*operands, ids, layer, activation, layout, narrow) * cotangent).sum()
+@functools.partial(jax.jit, static_argnames=("activation", "layout", "narrow", "kept"))
+def _dense_gradients(x, weights, arrays, cotangent, ids, layer, activation, layout, narrow, kept):
+    loss = lambda *operands: (dense(*operands, ids, layer, activation, layout, narrow, kept) * cotangent).sum()
     return jax.grad(loss, (0, 1, 2))(x, weights, arrays)
 
 
@@ -81,10 +86,10 @@ def gradients(*operands):
     return {n: np.asarray(a) for n, a in {"x": x, "weights": weights, **arrays_of(experts)}.items()}
 
 
-def dense_gradients(wide, x, weights, experts, cotangent, ids, layer, narrow=None):
+def dense_gradients(wide, x, weights, experts, cotangent, ids, layer, narrow=None, kept=False):
     """The oracle's, in `wide`."""
     operands = jax.tree.map(lambda a: jnp.asarray(a, wide), (x, weights, arrays_of(experts), cotangent))
-    x, weights, arrays = _dense_gradients(*operands, ids, layer, experts.activation.name, experts.layout, narrow)
+    x, weights, arrays = _dense_gradients(*operands, ids, layer, experts.activation.name, experts.layout, narrow, kept)
     return {n: np.asarray(a) for n, a in {"x": x, "weights": weights, **arrays}.items()}
 
 
