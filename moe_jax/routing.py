@@ -211,8 +211,8 @@ def losses(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Load balancing and z loss over the tokens where `counted [G]` is true; 0 where there are none.
 
-    The first is `E * sum_e share_e * mean(scores_e)`, `share` being the experts' parts of the choices. `axes`: mesh axes
-    along which tokens are spread; both are then means over the tokens of all devices, of which `share` has to be too.
+    The first is `E * sum_e share_e * mean(scores_e)`, `share` being the experts' parts of the choices. `axes`: mesh
+    axes along which tokens are spread; both are then means over all devices' tokens, as `share` has to be.
     """
     tokens = jnp.maximum(add_up(counted.sum(), axes), 1)
     mean = add_up(jnp.where(counted[:, None], scores, 0).sum(0), axes) / tokens

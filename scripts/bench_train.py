@@ -1,6 +1,6 @@
 """Time training steps of a model with random weights, beside transformers on torch: model FLOP utilisation.
 
-example: python scripts/bench_train.py --model olmoe --layers 4 --batch 8 --length 2048 --json train.json
+example: python scripts/bench_train.py --model olmoe --layers 4 --batch 8 --length 2048 --unroll 4 --torch grouped_mm
 """
 
 import argparse
@@ -31,9 +31,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--dtype", default="bfloat16", help="of computation")
     parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--unroll", type=int, default=1, help="layers that are compiled as one turn of the loop")
     parser.add_argument("--implementation", help="of the experts")
     parser.add_argument("--peak", type=float, default=PEAK, help="FLOP/s that utilisation is a share of")
-    parser.add_argument("--torch", action="store_true", help="also transformers, its experts' implementations in turn")
+    parser.add_argument("--torch", metavar="NAME,...", help="also transformers with these implementations of experts")
     parser.add_argument("--profile", action="store_true", help="also the kernels of a step that take most time")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only-torch", metavar="EXPERTS:WEIGHTS", help=argparse.SUPPRESS)
@@ -43,7 +44,7 @@ def main() -> int:
         return 0
     rows = []
     if options.torch:  # each in a process of its own, which leaves the memory to the next one
-        for experts in ("grouped_mm", "eager"):
+        for experts in options.torch.split(","):
             for weights in ("bfloat16", "float32"):
                 rows.append(apart(f"{experts}:{weights}"))
                 print(json.dumps(rows[-1]), flush=True)
@@ -69,7 +70,12 @@ def ours(options) -> dict:
 
     config = find_config(options.model, options.layers)
     data = Data(corpus="", length=options.length, batch_size=options.batch)
-    more = dict(dtype=options.dtype, remat=options.remat, optimizer=Optimizer(warmup=2, learning_rate=1e-4))
+    more = dict(
+        dtype=options.dtype,
+        remat=options.remat,
+        unroll=options.unroll,
+        optimizer=Optimizer(warmup=2, learning_rate=1e-4),
+    )
     settings = Settings(model=config.to_dict(), data=data, steps=1000, **more)
     training = Training(config.architecture, settings, implementation=options.implementation)
     state = training.start(Model.initialize(config, dtype="float32").arrays())
@@ -105,7 +111,7 @@ def ours(options) -> dict:
     memory = step.memory_analysis()
     device = jax.devices()[0]
     return {
-        "name": f"moe_jax {options.implementation or 'chosen'}{' remat' if options.remat else ''}",
+        "name": f"moe_jax{', remat' if options.remat else ''}, unroll {options.unroll}",
         "ms": 1e3 * ahead,
         "ms_waited_for": 1e3 * statistics.median(samples[3:]),
         "compile_s": compiled,
@@ -133,8 +139,7 @@ def longest(kernels) -> str:
 
 def apart(only: str) -> dict:
     """`of_torch` in another process."""
-    given = [a for a in sys.argv[1:] if a != "--torch"]
-    command = [sys.executable, __file__, *given, "--only-torch", only]
+    command = [sys.executable, __file__, *sys.argv[1:], "--only-torch", only]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     except subprocess.TimeoutExpired:

@@ -118,7 +118,7 @@ def live(options: argparse.Namespace, run: Path, seconds: float, last: int) -> b
     """Run until `seconds` after a checkpoint newer than `last` stands, then kill; whether it came to its end before."""
     given = [sys.executable, __file__, "--run", str(run), "--steps", str(options.steps), "--every", str(options.every)]
     # compiled once: most of a life is else spent with it
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(run.parent / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": f"{run.parent}/compiled", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with subprocess.Popen(given, env=os.environ | cache, **output) as child:
         while child.poll() is None and max(steps_in(run), default=0) <= last:

@@ -26,8 +26,8 @@ def load_corpus(source: str, held_out: float = 0.1) -> Corpus:
     - "austen" and "botchan": novels, see `fetch_texts`; the `.deb` file of the former; a `.txt` file or a folder of
       them, a document each, in the order of their names. The end of each one, from a paragraph on, is held out.
 
-    Texts are as they come, but for Windows line ends and what Project Gutenberg writes around Botchan. Raises `ValueError` for a share outside `[0, 1)`, and `OSError`
-    for what is not there.
+    Texts are as they come, but for Windows line ends and what Project Gutenberg writes around Botchan. Raises
+    `ValueError` for a share outside `[0, 1)`, and `OSError` for what is not there.
 
     >>> corpus = load_corpus("pydoc_topics")
     >>> corpus.train[0].splitlines()[0]

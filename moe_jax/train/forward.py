@@ -32,7 +32,8 @@ class Computation:
     """How a loss is computed: what is static of a training step.
 
     `dtype`: of activations and of the weights that they meet; `balance`, `z`: weights of the two auxiliary losses;
-    `capacity_factor`: see `RoutingRequest`; `remat`: layers' activations are computed again in the backward pass.
+    `capacity_factor`: see `RoutingRequest`; `remat`: layers' activations are computed again in the backward pass;
+    `unroll`: turns of the loop over layers that are written out as one.
     """
 
     dtype: Any = jnp.float32
@@ -40,6 +41,7 @@ class Computation:
     z: float = 0.0
     capacity_factor: float | None = None
     remat: bool = False
+    unroll: int = 1
     implementation: str | None = None
 
 
@@ -103,7 +105,8 @@ def run_layers(architecture: Architecture, computation: Computation, weights: We
         period = functools.partial(_period, architecture, computation, segment, span, request)
         run = jax.checkpoint(period) if computation.remat else period
         own = _cut(architecture, weights, kinds, segment)
-        x, (found, ran) = jax.lax.scan(run, x, (jnp.arange(segment.repeats), own))
+        turns = jnp.arange(segment.repeats), own
+        x, (found, ran) = jax.lax.scan(run, x, turns, unroll=min(computation.unroll, segment.repeats))
         if found is not None:
             balances.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found))
             kept.append(ran.reshape(-1))
@@ -185,8 +188,9 @@ def cross_entropy(
     def part(total, given):
         rows, targets, counted = given
         logits = decoder.logits(architecture, weights, rows)
-        chance = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
-        return total + (chance * counted).sum(), None
+        # a gather's derivative is a scatter into zeros of the logits' size
+        own = jnp.where(jnp.arange(logits.shape[1]) == targets[:, None], logits, 0).sum(-1)
+        return total + ((jax.nn.logsumexp(logits, -1) - own) * counted).sum(), None
 
     part = part if parts == 1 else jax.checkpoint(part)
     return jax.lax.scan(part, jnp.zeros((), jnp.float32), given)[0]

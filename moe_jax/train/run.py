@@ -159,7 +159,7 @@ class _Run:
             "balance": float(losses.balance),
             "z": float(losses.z),
             "dropped": float(losses.dropped),
-            "max_load": _max_load(losses.counts, self.training.architecture.expert_counts),
+            "max_load": _max_load(np.asarray(losses.counts), self.training.architecture.expert_counts),
             "gradient_norm": float(report.gradient_norm),
             "learning_rate": float(self.rate(step - 1)),
             "tokens_per_second": round(tokens / max(since, 1e-9), 1),
@@ -226,9 +226,9 @@ def _claim(folder: Path, settings: Settings) -> None:
     """Make the folder this run's, unless it is another's."""
     path, own = folder / "settings.json", settings.to_dict()
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        alike = {name for name in own if name != "mesh"}  # a run may go on over other devices
-        if other := sorted(name for name in alike if before.get(name) != own[name]):
+        before = Settings.from_json_file(path).to_dict()
+        alike = set(own) - {"mesh", "unroll", "remat"}  # a run may go on over other devices
+        if other := sorted(name for name in alike if before[name] != own[name]):
             raise ValueError(f"{', '.join(other)}: not those that the run in {folder} began with")
         return
     folder.mkdir(parents=True, exist_ok=True)

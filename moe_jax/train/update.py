@@ -71,6 +71,7 @@ def computation(settings: Settings, implementation: str | None = None) -> Comput
         z=routing.z,
         capacity_factor=routing.capacity_factor,
         remat=settings.remat,
+        unroll=settings.unroll,
         implementation=implementation,
     )
 

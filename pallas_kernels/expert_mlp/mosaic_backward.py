@@ -69,6 +69,7 @@ def gradients(saved: Saved, d_y, interpret: Any = False, tilings: BackwardTiling
         d_x = run.back("x", tilings.x, d_products, kernels)
         d_kernels = [run.kernel("in", tilings, taken, d) for d in d_products]
         d_weight += run.times_bias(d_rows, experts.down_bias)
+        d_weight = jax.lax.optimization_barrier(d_weight)  # XLA would add a row up again for every reader
         d_weights = d_weight.at[plan.slot].get(mode="fill", fill_value=0).astype(weights.dtype)
         given = dict(
             gate=d_kernels[0] if experts.gate is not None else None,

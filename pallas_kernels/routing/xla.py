@@ -26,7 +26,8 @@ def weigh(logits, ids, score, renormalize, scale):
     """The weights of choices `ids`: what of `route` has a derivative, for kernels that have none of their own."""
     logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if score == "softmax" else jax.nn.sigmoid(logits)
-    chosen = jnp.take_along_axis(scores, ids, axis=-1)
+    # no gather: its derivative is a scatter
+    chosen = jnp.where(ids[:, :, None] == jnp.arange(scores.shape[1]), scores[:, None], 0).sum(-1)
     if renormalize:
         chosen = chosen / jnp.maximum(chosen.sum(-1, keepdims=True), _TINY)
     return chosen * scale

@@ -114,7 +114,7 @@ def test_convert_reads_deepspeed_checkpoints(tmp_path, capsys):
     assert "deepspeed_moe" in shown and "I8" in shown
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "score", "info", "convert", "train", "inspect", "bench", "plan"])
+@pytest.mark.parametrize("command", "generate chat score info convert train inspect bench plan".split())
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
