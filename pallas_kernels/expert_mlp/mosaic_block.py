@@ -287,12 +287,12 @@ def _store(refs, out, y, row, column, warpgroup, turn):
     _, slots, most, columns = refs.out_s.shape
     y = y.astype(out.dtype)
     parts = [(c, r) for c in range(0, y.shape[0], columns) for r in range(0, y.shape[1], most)]
-    for turn, (c, r) in enumerate(parts, turn):
+    for number, (c, r) in enumerate(parts, turn):
         rows = pl.ds(0, min(most, y.shape[1] - r))
-        staged = refs.out_s.at[warpgroup, turn % slots, rows]
-        plgpu.wait_smem_to_gmem(slots - 1 if turn else 0, wait_read_only=True)
+        staged = refs.out_s.at[warpgroup, number % slots, rows]
+        plgpu.wait_smem_to_gmem(slots - 1 if number else 0, wait_read_only=True)
         part = y[c : c + columns, r : r + rows.size]
         staged.T[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(row + r, rows.size), pl.ds(column + c, columns)])
-    return turn + 1
+    return turn + len(parts)

@@ -1,16 +1,21 @@
 """The GPU's backward pass in JAX's interpreter, against float64. Lowering: test_mosaic_backward_lowering."""
 
+from inspect import signature
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from expert_oracle import error, make_experts, make_tokens
+from jax.experimental.pallas import mosaic_gpu
 from test_expert_mlp_gradients import arrays_of, dense_gradients
 
 from pallas_kernels import compat, make_plan, routed_mlp
 from pallas_kernels.expert_mlp import mosaic_backward
+from pallas_kernels.expert_mlp.mosaic_tilings import choose, trained_rows
 
+InterpretGPUParams = getattr(mosaic_gpu, "InterpretGPUParams", object)  # jax 0.10 has none
 pytestmark = pytest.mark.skipif(not compat.INTERPRETS_GPU, reason="JAX's interpreter runs these kernels from 0.11 on")
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -74,6 +79,22 @@ def assert_standard(got, x, weights, experts, cotangent, ids):
 )
 def test_gradients(name):
     operands = make(name)
+    assert_standard(gradients(*operands), *operands)
+
+
+@pytest.mark.skipif("detect_races" not in signature(InterpretGPUParams).parameters, reason="from JAX 0.12 on")
+@pytest.mark.parametrize("consumers", [1, 2])
+def test_no_store_overwrites_what_another_still_reads(monkeypatch, consumers):
+    """Of three arrays that a piece of work stores, in calls of few steps, whose staging memory holds each at once."""
+    monkeypatch.setattr(compat, "interpret_gpu", lambda: InterpretGPUParams(detect_races=True))
+    tokens, hidden = {1: (70, 128), 2: (160, 256)}[consumers]
+    options = dict(activation="swiglu", layout="in_out", dtype=BFLOAT16)
+    x, ids, weights = make_tokens(tokens, 64, 3, 2, BFLOAT16)
+    experts = make_experts(3, 64, hidden, **options)
+    tilings = choose(tokens, 2, experts, trained_rows(tokens, tokens * 2 / 3))
+    assert tilings.up.consumers == consumers
+    jax.clear_caches()
+    operands = x, weights, experts, np.ones_like(x), ids
     assert_standard(gradients(*operands), *operands)
 
 
