@@ -20,10 +20,9 @@ INTERPRETS_GPU = hasattr(plgpu, "InterpretGPUParams")
 
 
 def interpret_gpu() -> Any:
-    """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter; races are looked for where it can."""
+    """The `interpret=` of a Mosaic GPU kernel that runs in JAX's interpreter."""
     module: Any = plgpu  # jax 0.10's has no such name
-    finds = "detect_races" in inspect.signature(module.InterpretGPUParams).parameters
-    return module.InterpretGPUParams(**{"detect_races": True} if finds else {})
+    return module.InterpretGPUParams()
 
 
 def interpret_tpu(cores: int = 1) -> Any:
