@@ -170,21 +170,25 @@ def batches(name: str) -> Iterator[Case]:
 
 
 def gradients(name: str) -> Iterator[Case]:
-    """Of input, weights and kernels, against those through the tile loop (relative, bfloat16)."""
-    experts = make_experts(5, 128, 64, dtype=HALF, biases=True)
-    x, ids, weights = make_tokens(40, 128, 5, 2, HALF)
+    """Of input, weights and kernels, against those through the tile loop (relative, bfloat16); few tokens take it too.
 
-    def loss(x, weights, experts, name):
+    With experts of 64 and 256 hidden units and rows of 64 to 576, calls have few steps and many.
+    """
+
+    def loss(x, weights, experts, ids, name):
         return (routed_mlp(x, ids, weights, experts, implementation=name).astype(jnp.float32) ** 2).sum()
 
-    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=4)
 
-    def worst():
-        found = [jax.tree.leaves(grads(x, weights, experts, one)) for one in (name, "xla_tiles")]
+    def worst(x, weights, experts, ids):
+        found = [jax.tree.leaves(grads(x, weights, experts, ids, one)) for one in (name, "xla_tiles")]
         pairs = ([np.asarray(a).astype(np.float64) for a in pair] for pair in zip(*found, strict=True))
         return max(float(np.linalg.norm(got - want) / np.linalg.norm(want)) for got, want in pairs)
 
-    yield "T=40", worst
+    for tokens, width, hidden in ((40, 128, 64), (200, 64, 256), (700, 128, 448), (700, 576, 256)):
+        experts = make_experts(5, width, hidden, dtype=HALF, biases=True)
+        x, ids, weights = make_tokens(tokens, width, 5, 2, HALF)
+        yield f"T={tokens} D={width} F={hidden}", functools.partial(worst, x, weights, experts, ids)
 
 
 def routing(name: str, tokens: tuple[int, ...]) -> Iterator[Case]:
