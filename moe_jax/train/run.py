@@ -99,8 +99,10 @@ def tiny_byte_model() -> dict[str, Any]:
 class _Run:
     def __init__(self, settings, folder, implementation, watch):
         self.settings, self.folder, self.watch = settings, folder, watch or (lambda line: None)
+        if jax.process_count() > 1:
+            raise ValueError(f"processes: {jax.process_count()}; training runs in one")
         _claim(folder, settings)
-        self.begin = time.perf_counter()
+        self.begin, self.before, self.last = time.perf_counter(), 0.0, 0.0
         self.text: Text = load_text(settings.data, settings.seed)
         sizes = dataclasses.asdict(settings.mesh)
         mesh = make_mesh(**sizes) if math.prod(sizes.values()) > 1 else None
@@ -116,14 +118,14 @@ class _Run:
                 state = self.training.start(self.model.arrays())
             self.model = Model(self.model.config, {}, self.model.generation, self.model.named)  # without its weights
             with Log(self.folder / "metrics.jsonl", step) as log:
-                self.before = log.lines[-1]["seconds"] if log.lines else 0.0
+                self.before = self.last = log.lines[-1]["seconds"] if log.lines else 0.0
                 state, step = self._steps(state, step, checkpoints, log, stopped)
                 if step < self.settings.steps:
                     return Outcome(step, False, self._seconds())
                 return self._finish(state, log)
 
     def _steps(self, state: State, step: int, checkpoints: Checkpoints, log: Log, stopped: threading.Event):
-        """Run until the last step or SIGTERM. A step is looked at while the next one runs."""
+        """Run until the last step or SIGTERM, and write a checkpoint. A step is looked at while the next one runs."""
         settings, training, waiting = self.settings, self.training, None
         while step < settings.steps and not stopped.is_set():
             state, report = training.step(state, training.put(self.text.windows.batch(step)))
@@ -134,14 +136,18 @@ class _Run:
             if line:
                 self._note(log, line)
             evaluates = due(settings.evaluate_every) and step < settings.steps
-            if due(settings.checkpoint_every) or evaluates or stopped.is_set() or step == settings.steps:
+            if due(settings.checkpoint_every) or evaluates:
                 line, waiting = self._line(*waiting), None
                 if evaluates:
                     found = self._evaluate(state)
                     extra = {"held_out_loss": found.loss, "held_out_bits_per_byte": found.bits_per_byte}
                 self._note(log, line | extra)
-                if not evaluates or due(settings.checkpoint_every):
+                if due(settings.checkpoint_every):
                     checkpoints.save(state, step)
+        if waiting is not None:
+            self._note(log, self._line(*waiting))
+        if step:
+            checkpoints.save(state, step)
         return state, step
 
     def _line(self, step: int, report: Report) -> dict[str, Any]:
@@ -152,7 +158,7 @@ class _Run:
             values = f"loss {losses.cross_entropy}, gradient norm {report.gradient_norm}"
             raise FloatingPointError(f"step {step}: {values}; the weights are those before it, and are not saved")
         tokens = self.settings.data.batch_size * self.settings.data.length
-        since, self.last = now - getattr(self, "last", self.before), now
+        since, self.last = now - self.last, now
         return {
             "step": step,
             "loss": float(losses.cross_entropy),

@@ -91,6 +91,7 @@ def test_sigterm_saves_and_returns(corpus, tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
     outcome = train(settings, tmp_path, watch=lambda line: os.kill(os.getpid(), signal.SIGTERM))
     assert not outcome.finished and 1 <= outcome.step < 10
+    assert [line["step"] for line in read(tmp_path / "metrics.jsonl")] == list(range(1, outcome.step + 1))
     assert signal.getsignal(signal.SIGTERM) is handler
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [outcome.step]
