@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -217,3 +220,13 @@ def test_a_checkpoint_is_upcycled_and_trained(corpus, tmp_path):
     settings = settings_of(corpus, model=str(tmp_path / "dense"), upcycle={"num_experts": 4, "top_k": 2}, steps=3)
     assert train(settings, tmp_path / "run").finished
     assert moe_jax.load_pretrained(tmp_path / "run/model").config.model_type == "mixtral"
+
+
+@pytest.mark.slow
+def test_no_kill_loses_a_checkpoint():
+    """Five of the kills of `scripts/kill_training.py`, which by itself makes 200."""
+    script = Path(__file__).parents[3] / "scripts" / "kill_training.py"
+    command = [sys.executable, str(script), "--kills", "5", "--longest", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "5 kills, 0 faults"
