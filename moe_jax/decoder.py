@@ -227,11 +227,13 @@ def final(architecture: Architecture, weights: Weights, x: Float[Array, "*G D"])
     return norm(architecture.block.norm, x, weights["final_norm"])
 
 
-def logits(architecture: Architecture, weights: Weights, normed: Float[Array, "*G D"]) -> Float[Array, "*G V"]:
-    """Float32 logits of normed hidden states."""
+def logits(
+    architecture: Architecture, weights: Weights, normed: Float[Array, "*G D"], dtype: Any = jnp.float32
+) -> Float[Array, "*G V"]:
+    """Logits of normed hidden states in `dtype`."""
     kernel = weights["embedding"] if architecture.tied else weights["head"]["kernel"]
     biases = [weights["head"]["bias"]] if architecture.head_bias else None
-    (y,) = linear(normed.reshape(-1, normed.shape[-1]), [kernel], biases=biases, dtype=jnp.float32)
+    (y,) = linear(normed.reshape(-1, normed.shape[-1]), [kernel], biases=biases, dtype=dtype)
     y = gathered(y, architecture.block.axes.vocab, 1)[:, : architecture.vocab_size]
     y = y.reshape(*normed.shape[:-1], -1)
     return y if architecture.logit_divisor == 1.0 else y / architecture.logit_divisor

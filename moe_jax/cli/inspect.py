@@ -35,6 +35,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"text: {options.text} holds no token")
     found, other = usage(model, ids, options.window), None
     if options.compare is not None:
+        del model  # two need not fit
         asked = argparse.Namespace(**vars(options) | {"model": options.compare})
         other = Path(options.compare).name, usage(load_as_asked(asked), ids, options.window)
     name = DEMO if options.model is None else Path(options.model).name

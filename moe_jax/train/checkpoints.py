@@ -28,7 +28,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2):
         self.folder = Path(folder).absolute()
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        logging.getLogger("absl").setLevel(logging.ERROR)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix=_PREFIX, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -51,14 +51,16 @@ class Checkpoints:
     def restore(self, like: State) -> tuple[State, int] | None:
         """The last readable state, as the arrays `like` says, and its step; None if there is no checkpoint.
 
-        Raises `OSError` if there are some, none of them readable.
+        Raises `OSError` if there are some, none of them readable, and `MemoryError` if there is no room for one.
         """
         broken: dict[Path, str] = {}
         for step in reversed(self.steps()):
             path = self.folder / f"{_PREFIX}_{step}"
             with _aftermath_ignored():
                 try:
-                    state = jax.block_until_ready(self._manager.restore(step, args=ocp.args.StandardRestore(like)))
+                    state = self._read(step, like)
+                except MemoryError:
+                    raise
                 except Exception as error:  # Orbax and TensorStore raise whatever they like for a broken file
                     broken[path] = (str(error).splitlines() or [type(error).__name__])[0]
                 if path in broken:
@@ -73,6 +75,14 @@ class Checkpoints:
         if broken:
             raise OSError("; ".join(f"checkpoint {path} is not readable: {words}" for path, words in broken.items()))
         return None
+
+    def _read(self, step: int, like: State) -> State:
+        try:
+            return jax.block_until_ready(self._manager.restore(step, args=ocp.args.StandardRestore(like)))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise MemoryError(f"no room for the checkpoint of step {step}: {error}") from error
+            raise
 
 
 @contextlib.contextmanager

@@ -181,16 +181,36 @@ def cross_entropy(
     """The sum of `counted * -log p(target)` in nats; logits exist for a part of the rows at a time."""
     rows = normed.reshape(-1, normed.shape[-1])
     parts = -(-len(rows) * architecture.vocab_size // _LOGITS)
-    while len(rows) % parts:
-        parts += 1
-    given = rows.reshape(parts, -1, rows.shape[-1]), targets.reshape(parts, -1), counted.reshape(parts, -1)
+    missing = -len(rows) % parts
+    cut = lambda a: jnp.pad(a, ((0, missing), *[(0, 0)] * (a.ndim - 1))).reshape(parts, -1, *a.shape[1:])
+    given = cut(rows), cut(targets.reshape(-1)), cut(counted.reshape(-1))
 
     def part(total, given):
         rows, targets, counted = given
-        logits = decoder.logits(architecture, weights, rows)
+        logits = _logits(architecture, weights, rows)
         # a gather's derivative is a scatter into zeros of the logits' size
         own = jnp.where(jnp.arange(logits.shape[1]) == targets[:, None], logits, 0).sum(-1)
         return total + ((jax.nn.logsumexp(logits, -1) - own) * counted).sum(), None
 
     part = part if parts == 1 else jax.checkpoint(part)
     return jax.lax.scan(part, jnp.zeros((), jnp.float32), given)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logits(architecture, weights, rows):
+    """Float32 logits, whose cotangent is rounded to the dtype of `rows` before it is multiplied: two products in
+    float32 took a GPU twice as long."""
+    return decoder.logits(architecture, weights, rows)
+
+
+def _logits_forward(architecture, weights, rows):
+    return decoder.logits(architecture, weights, rows), (weights, rows)
+
+
+def _logits_backward(architecture, given, cotangent):
+    narrow = given[1].dtype
+    pull = jax.vjp(lambda weights, rows: decoder.logits(architecture, weights, rows, narrow), *given)[1]
+    return pull(cotangent.astype(narrow))
+
+
+_logits.defvjp(_logits_forward, _logits_backward)

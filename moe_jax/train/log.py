@@ -1,6 +1,7 @@
 """What a run writes down: a JSON line for every step, and a plot of them."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -39,8 +40,14 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     """
     if not Path(path).exists():
         return []
-    text = Path(path).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    text, found = Path(path).read_text(encoding="utf-8"), []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            warnings.warn(f"{path}: line {number} is damaged, and left out with those behind it", stacklevel=2)
+            break
+    return found
 
 
 def plot(lines: list[dict[str, Any]], shares: Sequence[np.ndarray], path: str | Path) -> None:

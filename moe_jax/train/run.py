@@ -15,6 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
 from ..model import Model
 from ..pretrained import save_pretrained
 from ..sharding import make_mesh, sharding_of
@@ -53,7 +58,9 @@ class Outcome:
     trigram: float | None = None
 
     def summary(self) -> dict[str, float | None]:
-        """The numbers that a run is judged by."""
+        """The numbers that a finished run is judged by; `ValueError` for another one."""
+        if self.evaluation is None:
+            raise ValueError(f"summary: the run was stopped after step {self.step}")
         return {
             "bits_per_byte": round(self.evaluation.bits_per_byte, 4),
             "trigram": None if self.trigram is None else round(self.trigram, 4),
@@ -71,9 +78,9 @@ def train(
     """Train a model and leave it in `folder`, with its checkpoints, a line for every step and a plot.
 
     A run that was stopped, however, is gone on with from its last checkpoint: on a CPU every weight is then what it
-    would have been, bit by bit. SIGTERM makes it write one and return. `folder` holds `settings.json`,
-    `metrics.jsonl`, `metrics.png`, `checkpoints/` and, at the end, `model/` for `load_pretrained`. `implementation`: as
-    in `load_pretrained`. `watch` is called with every line.
+    would have been, bit by bit. SIGTERM, or Ctrl-C once, makes it write one and return. `folder` holds
+    `settings.json`, `metrics.jsonl`, `metrics.png`, `checkpoints/` and, at the end, `model/` for `load_pretrained`.
+    `implementation`: as in `load_pretrained`. `watch` is called with every line.
 
     Raises `ValueError` for settings that do not fit the model or those that the folder's run began with, `OSError` for
     files, and `FloatingPointError` naming the step if a loss or a gradient is not finite; the checkpoints are those of
@@ -86,7 +93,8 @@ def train(
     >>> outcome.step, outcome.finished
     (2, True)
     """
-    return _Run(settings, Path(folder), implementation, watch).go()
+    with _claimed(Path(folder), settings):
+        return _Run(settings, Path(folder), implementation, watch).go()
 
 
 def tiny_byte_model() -> dict[str, Any]:
@@ -101,7 +109,6 @@ class _Run:
         self.settings, self.folder, self.watch = settings, folder, watch or (lambda line: None)
         if jax.process_count() > 1:
             raise ValueError(f"processes: {jax.process_count()}; training runs in one")
-        _claim(folder, settings)
         self.begin, self.before, self.last = time.perf_counter(), 0.0, 0.0
         self.text: Text = load_text(settings.data, settings.seed)
         sizes = dataclasses.asdict(settings.mesh)
@@ -110,13 +117,22 @@ class _Run:
         sharding = sharding_of(mesh, exchange=self.model.exchange)
         self.training = Training(self.model.architecture, settings, sharding, self.model.implementation)
         self.rate = jax.jit(schedule(settings.optimizer, settings.steps))
+        self._check(self.text.held_out)
+        _write(folder / "settings.json", settings.to_dict())  # all is there to begin with
+
+    def _check(self, tokens: np.ndarray) -> np.ndarray:
+        """`ValueError` for ids that the model does not have, as files of ids can hold."""
+        vocab = self.model.architecture.vocab_size
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            names = ", ".join(self.settings.data.corpora)
+            raise ValueError(f"{names}: ids from {tokens.min()} to {tokens.max()}, the model has {vocab}")
+        return tokens
 
     def go(self) -> Outcome:
-        with Checkpoints(self.folder / "checkpoints", self.settings.keep) as checkpoints, _sigterm() as stopped:
-            state, step = checkpoints.restore(self.training.abstract()) or (None, 0)
-            if state is None:
-                state = self.training.start(self.model.arrays())
+        with Checkpoints(self.folder / "checkpoints", self.settings.keep) as checkpoints, _told() as stopped:
+            first = None if checkpoints.steps() else self.training.start(self.model.arrays())
             self.model = Model(self.model.config, {}, self.model.generation, self.model.named)  # without its weights
+            state, step = (first, 0) if first is not None else checkpoints.restore(self.training.abstract())
             with Log(self.folder / "metrics.jsonl", step) as log:
                 self.before = self.last = log.lines[-1]["seconds"] if log.lines else 0.0
                 state, step = self._steps(state, step, checkpoints, log, stopped)
@@ -128,7 +144,7 @@ class _Run:
         """Run until the last step or SIGTERM, and write a checkpoint. A step is looked at while the next one runs."""
         settings, training, waiting = self.settings, self.training, None
         while step < settings.steps and not stopped.is_set():
-            state, report = training.step(state, training.put(self.text.windows.batch(step)))
+            state, report = training.step(state, training.put(self._check(self.text.windows.batch(step))))
             step += 1
             line = None if waiting is None else self._line(*waiting)
             waiting, extra = (step, report), {}
@@ -138,12 +154,13 @@ class _Run:
             evaluates = due(settings.evaluate_every) and step < settings.steps
             if due(settings.checkpoint_every) or evaluates:
                 line, waiting = self._line(*waiting), None
-                if evaluates:
-                    found = self._evaluate(state)
-                    extra = {"held_out_loss": found.loss, "held_out_bits_per_byte": found.bits_per_byte}
-                self._note(log, line | extra)
                 if due(settings.checkpoint_every):
                     checkpoints.save(state, step)
+                if evaluates:
+                    found = evaluate(self.training, state, self.text)
+                    extra = {"held_out_loss": found.loss, "held_out_bits_per_byte": found.bits_per_byte}
+                self._note(log, line | extra)
+                self.last = self._seconds()
         if waiting is not None:
             self._note(log, self._line(*waiting))
         if step:
@@ -179,17 +196,16 @@ class _Run:
     def _seconds(self) -> float:
         return self.before + time.perf_counter() - self.begin
 
-    def _evaluate(self, state: State) -> Evaluation:
-        return evaluate(self.training, state, self.text)
-
     def _finish(self, state: State, log: Log) -> Outcome:
-        found = self._evaluate(state)
+        ends = {"eos_token_id": list(self.text.tokenizer.eos_token_ids)} if self.text.tokenizer.eos_token_ids else {}
+        generation = ends | self.model.generation
+        model = Model(self.model.config, state.weights, generation, sharding=self.training.sharding)
+        save_pretrained(model, self.folder / "model")
+        self.text.tokenizer.save(self.folder / "model")
+        found = evaluate(self.training, state, self.text)
         if log.lines:
             last = {"held_out_loss": found.loss, "held_out_bits_per_byte": found.bits_per_byte}
             plot([*log.lines[:-1], log.lines[-1] | last], found.shares, self.folder / "metrics.png")
-        model = Model(self.model.config, state.weights, self.model.generation, sharding=self.training.sharding)
-        save_pretrained(model, self.folder / "model")
-        self.text.tokenizer.save(self.folder / "model")
         outcome = Outcome(self.settings.steps, True, self._seconds(), found, self.text.trigram())
         _write(self.folder / "outcome.json", outcome.summary())
         return outcome
@@ -215,30 +231,44 @@ def evaluate(training: Training, state: State, text: Text) -> Evaluation:
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, where this is the main thread, which alone may ask for signals."""
+def _told() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, where this is the main thread, which alone may ask for signals. A second
+    SIGINT interrupts."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+
+    def told(number, frame):
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _claim(folder: Path, settings: Settings) -> None:
-    """Make the folder this run's, unless it is another's."""
-    path, own = folder / "settings.json", settings.to_dict()
-    if path.exists():
-        before = Settings.from_json_file(path).to_dict()
-        alike = set(own) - {"mesh", "unroll", "remat"}  # a run may go on over other devices
-        if other := sorted(name for name in alike if before[name] != own[name]):
-            raise ValueError(f"{', '.join(other)}: not those that the run in {folder} began with")
-        return
+@contextlib.contextmanager
+def _claimed(folder: Path, settings: Settings) -> Iterator[None]:
+    """With the folder for this run alone, unless it began with other settings or another process is at work on it."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(path, own)
+    with (folder / "lock").open("w", encoding="utf-8") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise OSError(f"{folder}: another process is at work on this run") from error
+        path, own = folder / "settings.json", settings.to_dict()
+        if path.exists():
+            before = Settings.from_json_file(path).to_dict()
+            alike = set(own) - {"mesh", "unroll", "remat"}  # a run may go on over other devices
+            if other := sorted(name for name in alike if before[name] != own[name]):
+                raise ValueError(f"{', '.join(other)}: not those that the run in {folder} began with")
+        yield
 
 
 def _write(path: Path, values: Any) -> None:

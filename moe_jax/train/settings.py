@@ -1,11 +1,14 @@
 """What a training run is made of, as data: `Settings`, read from JSON files such as those in `configs/train`."""
 
 import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from ..upcycle import upcycle
 
 Schedule = Literal["cosine", "linear", "constant"]
 Dtype = Literal["float32", "bfloat16"]
@@ -45,15 +48,17 @@ class Data:
     batch_size: int = 16
 
     def __post_init__(self):
-        if not isinstance(self.corpus, str):
+        if isinstance(self.corpus, (list, tuple)):
             object.__setattr__(self, "corpus", tuple(self.corpus))
+        if not self.corpora or not all(isinstance(source, str) for source in self.corpora):
+            raise ValueError(f"corpus: {self.corpus!r}, expected a name or a path, or a list of them")
         _whole(self, "length", "batch_size")
         _check(self, lambda share: 0 < share < 1, "a share between 0 and 1", "held_out")
 
     @property
     def corpora(self) -> tuple[str, ...]:
         """All that is read."""
-        return (self.corpus,) if isinstance(self.corpus, str) else self.corpus
+        return self.corpus if isinstance(self.corpus, tuple) else (self.corpus,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,8 @@ class Optimizer:
     accumulation: int = 1
 
     def __post_init__(self):
+        if not isinstance(self.betas, (list, tuple)):
+            raise ValueError(f"betas: {self.betas!r}, expected two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
         _check(self, lambda value: value > 0, "a positive number", "learning_rate", "epsilon")
         _check(self, lambda value: value >= 0, "a number of at least 0", "weight_decay", "final")
@@ -161,6 +168,9 @@ class Settings:
             raise ValueError(f"remat: {self.remat!r} is neither true nor false")
         if not isinstance(self.model, (str, Mapping)):
             raise ValueError(f"model: {self.model!r} is neither a config nor a path")
+        known = set(inspect.signature(upcycle).parameters) - {"model"}
+        if self.upcycle is not None and not (isinstance(self.upcycle, Mapping) and set(self.upcycle) <= known):
+            raise ValueError(f"upcycle: {self.upcycle!r}, expected values of {', '.join(sorted(known))}")
         parts = self.optimizer.accumulation * self.mesh.data * self.mesh.expert
         if self.data.batch_size % parts:
             raise ValueError(f"batch_size: {self.data.batch_size} windows do not divide into {parts} parts")

@@ -45,7 +45,8 @@ def load_text(data: Data, seed: int) -> Text:
             raise ValueError(f"corpus: a file of token ids stands alone, got {', '.join(data.corpora)}")
         tokenizer = tokenizer_of(data.tokenizer)
         train, held_out = load_tokens(data.corpora[0], data.held_out)
-        size = len(tokenizer.decode(held_out).encode())
+        pieces = (held_out[i : i + _PIECE] for i in range(0, len(held_out), _PIECE))
+        size = sum(len(tokenizer.decode(piece).encode()) for piece in pieces)
     else:
         corpora = [load_corpus(source, data.held_out) for source in data.corpora]
         documents = [[text for c in corpora for text in getattr(c, part)] for part in ("train", "held_out")]
@@ -54,7 +55,13 @@ def load_text(data: Data, seed: int) -> Text:
         train, held_out = (tokenize(some, cutter) for some in documents)
         first, second = ("\n".join(some).encode() for some in documents)
         both, size = (first, second), len(second)
+    if len(held_out) < 2 or not size:
+        raise ValueError(f"held_out: {data.held_out} of this text are {len(held_out)} tokens, too few to predict any")
     return Text(tokenizer, Windows(train, data.batch_size, data.length, seed), held_out, size, both, data)
+
+
+#: Tokens whose bytes are counted at once.
+_PIECE = 1 << 20
 
 
 def tokenizer_of(source: str, documents: Sequence[str] = ()) -> Tokenizer:

@@ -77,7 +77,8 @@ def computation(settings: Settings, implementation: str | None = None) -> Comput
 
 
 class Training:
-    """The compiled step and evaluation of a model under `settings`; `sharding`: where its weights lie.
+    """The compiled `step` and `evaluate` of a model under `settings`, the latter without a `capacity_factor`, as the
+    model will be used; `sharding`: where its weights lie.
 
     Raises `ValueError` for biases to be moved that the model does not have, for a capacity beside the gate's own, and
     for a mesh along which a parameter does not come out even (it would be stored more than once, or padded).
@@ -105,7 +106,8 @@ class Training:
         self.optimizer = optimizer(architecture, settings.optimizer, settings.steps)
         lies = self.shardings()
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=None if lies is None else (lies, None))
-        self.evaluate = jax.jit(self._loss)
+        dropless = dataclasses.replace(self.computation, capacity_factor=None)  # as the model will be used
+        self.evaluate = jax.jit(functools.partial(self._loss, dropless))
 
     def start(self, weights: Weights) -> State:
         """The state before the first step: `weights` in float32, where they belong."""
@@ -145,12 +147,12 @@ class Training:
         """A batch of windows `[B, T + 1]`, on the devices that run them."""
         return jnp.asarray(windows) if self.sharding is None else self.sharding.put(windows, self.sharding.batch)
 
-    def _loss(self, weights, windows, counted=None):
+    def _loss(self, computation, weights, windows, counted=None):
         if self.sharding is None:
-            return forward.loss(self.architecture, self.computation, weights, windows, counted)
+            return forward.loss(self.architecture, computation, weights, windows, counted)
         counted = jnp.ones((len(windows), windows.shape[1] - 1), jnp.float32) if counted is None else counted
         local, rows = self.sharding.local(self.architecture), self.sharding.batch
-        run = functools.partial(forward.loss, local, self.computation)
+        run = functools.partial(forward.loss, local, computation)
         given = self.sharding.specs(self.architecture), rows, rows
         everywhere = PartitionSpec()
         return self.sharding.map(run, given, everywhere)(weights, windows, counted)
@@ -158,7 +160,7 @@ class Training:
     def gradient(self, weights: Weights, windows: Int[Array, "B T1"]) -> tuple[Weights, Losses]:
         """The gradient of the loss on a batch, the mean of its parts', and the losses."""
         parts = self.settings.optimizer.accumulation
-        run = jax.grad(lambda weights, windows: self._loss(weights, windows), has_aux=True)
+        run = jax.grad(functools.partial(self._loss, self.computation), has_aux=True)
         if parts == 1:
             return run(weights, windows)
         # each part takes its windows from all devices alike

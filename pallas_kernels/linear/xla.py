@@ -1,7 +1,5 @@
 """The linear map as XLA's products; a layer's kernels are taken out of their stacks, which XLA fuses where it can."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -35,35 +33,10 @@ def product(x, kernel, dtype=None):
     that took a layer's kernel out of its stack, so that decoding reads each weight once; more rows with the kernel as
     the left operand (docs/decisions.md).
     """
-    kernel, dtype = dense(kernel, x.dtype), jnp.dtype(dtype or x.dtype)
-    wider = dtype.itemsize > jnp.promote_types(x.dtype, kernel.dtype).itemsize
-    return _wider(x, kernel, dtype) if wider else _product(x, kernel, dtype)
-
-
-def _product(x, kernel, dtype):
+    kernel, dtype = dense(kernel, x.dtype), dtype or x.dtype
     if len(x) == 1:
         return jnp.matmul(x, kernel.T, preferred_element_type=dtype)
     return jnp.matmul(kernel, x.T, preferred_element_type=dtype).T
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wider(x, kernel, dtype):
-    """A product that keeps more bits than its operands have (logits); its cotangent is rounded to theirs before it is
-    multiplied, which for two products in float32 took a GPU twice as long."""
-    return _product(x, kernel, dtype)
-
-
-def _wider_forward(x, kernel, dtype):
-    return _product(x, kernel, dtype), (x, kernel)
-
-
-def _wider_backward(dtype, given, cotangent):
-    x, kernel = given
-    cotangent = cotangent.astype(jnp.promote_types(x.dtype, kernel.dtype))
-    return jnp.matmul(cotangent, kernel).astype(x.dtype), jnp.matmul(cotangent.T, x).astype(kernel.dtype)
-
-
-_wider.defvjp(_wider_forward, _wider_backward)
 
 
 def normed(x, norm):

@@ -194,6 +194,10 @@ BAD = [
     ({"mesh": {"expert": 0}}, "expert: 0, expected at least 1"),
     ({"dtype": "int8"}, "dtype: 'int8' is not one of"),
     ({"model": 3}, "model: 3 is neither"),
+    ({"upcycle": {"experts": 4}}, "upcycle: .* expected values of noise, num_experts"),
+    ({"data": {"corpus": []}}, r"corpus: \(\), expected a name"),
+    ({"data": {"corpus": None}}, "corpus: None, expected a name"),
+    ({"optimizer": {"betas": 5}}, "betas: 5, expected two numbers"),
 ]
 
 
@@ -230,3 +234,41 @@ def test_no_kill_loses_a_checkpoint():
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "5 kills, 0 faults"
+
+
+def test_a_start_that_fails_claims_nothing(corpus, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        train(settings_of("nowhere.txt", steps=1), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"held_out: 1e-06 of this text are \d tokens, too few"):
+        data = {"corpus": corpus, "length": 16, "batch_size": 8, "held_out": 1e-6}
+        train(settings_of(corpus, steps=1, data=data), tmp_path / "run")
+    assert train(settings_of(corpus, steps=1), tmp_path / "run").finished
+
+
+def test_a_run_belongs_to_one_process(corpus, tmp_path):
+    settings = settings_of(corpus, steps=2)
+
+    def again(line):
+        with pytest.raises(OSError, match="another process is at work on this run"):
+            train(settings, tmp_path)
+
+    assert train(settings, tmp_path, watch=again).finished
+
+
+def test_ids_that_the_model_does_not_have(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(900) % 300)
+    with pytest.raises(ValueError, match=r"ids\.npy: ids from \d+ to 299, the model has 256"):
+        train(settings_of(str(tmp_path / "ids.npy"), steps=2), tmp_path / "run")
+
+
+def test_no_memory_is_no_broken_checkpoint(checkpoint, tmp_path, monkeypatch):
+    made, settings = checkpoint
+    shutil.copytree(made / "run", tmp_path / "run")
+
+    def full(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", full)
+    with pytest.raises(MemoryError, match="no room for the checkpoint of step 10"):
+        train(settings, tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/step_10").is_dir()
