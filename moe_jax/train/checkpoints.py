@@ -66,6 +66,7 @@ class Checkpoints:
                 if path in broken:
                     gc.collect()
                     time.sleep(_SETTLED)
+                    gc.collect()
                     continue
             for path, words in broken.items():
                 warnings.warn(f"checkpoint {path} is not readable, going on from step {step}: {words}", stacklevel=2)
